@@ -1,0 +1,3 @@
+"""fairlead_zoo: tiny models and worlds."""
+
+__version__ = "0.1.0"
