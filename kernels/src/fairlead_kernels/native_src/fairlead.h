@@ -1,0 +1,189 @@
+/* What every kernel.c shares: export and clone macros, 16-bit floats, vector-friendly expf/logf, Philox and mix32.
+ * Everything is static inline so that each clone of a kernel gets its own copy in its own instruction set. */
+#ifndef FAIRLEAD_H
+#define FAIRLEAD_H
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(_MSC_VER)
+#define FL_EXPORT __declspec(dllexport)
+#define FL_INLINE static __forceinline
+#define FL_RESTRICT __restrict
+#define FL_SIMD
+#else
+#define FL_EXPORT __attribute__((visibility("default")))
+#define FL_INLINE static inline __attribute__((always_inline))
+#define FL_RESTRICT restrict
+#define FL_SIMD _Pragma("omp simd")
+#endif
+
+/* FL_CLONES before a hot function: compiled for AVX-512, AVX2 and the baseline, chosen when the library is loaded.
+ * Needs gcc's ifunc, so glibc on x86-64; elsewhere the baseline alone. */
+#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#if __GNUC__ >= 12
+#define FL_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FL_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#endif
+#else
+#define FL_CLONES
+#endif
+
+/* Storage types, as native.DTYPE_CODES numbers them. */
+enum { FL_F32 = 0, FL_F16 = 1, FL_BF16 = 2, FL_F64 = 3 };
+
+FL_INLINE float fl_from_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+FL_INLINE uint32_t fl_to_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+FL_INLINE float fl_load_bf16(uint16_t bits) { return fl_from_bits((uint32_t)bits << 16); }
+
+FL_INLINE uint16_t fl_store_bf16(float value) { /* round to nearest even; NaN stays a quiet NaN */
+    uint32_t bits = fl_to_bits(value);
+    uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    return (uint16_t)((bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits >> 16) | 0x40u : rounded);
+}
+
+#if defined(__FLT16_MAX__)
+FL_INLINE float fl_load_f16(uint16_t bits) {
+    _Float16 value;
+    memcpy(&value, &bits, 2);
+    return (float)value;
+}
+
+FL_INLINE uint16_t fl_store_f16(float value) {
+    _Float16 half = (_Float16)value;
+    uint16_t bits;
+    memcpy(&bits, &half, 2);
+    return bits;
+}
+#else
+FL_INLINE float fl_load_f16(uint16_t bits) {
+    uint32_t sign = (uint32_t)(bits & 0x8000u) << 16, rest = (uint32_t)(bits & 0x7FFFu) << 13;
+    uint32_t exponent = rest & 0x0F800000u;
+    if (exponent == 0x0F800000u) return fl_from_bits(sign | (rest + 0x70000000u)); /* inf, NaN */
+    if (exponent == 0) return fl_from_bits(sign | fl_to_bits(fl_from_bits(rest + 0x38800000u) - fl_from_bits(0x38800000u)));
+    return fl_from_bits(sign | (rest + 0x38000000u));
+}
+
+FL_INLINE uint16_t fl_store_f16(float value) {
+    uint32_t bits = fl_to_bits(value), sign = (bits >> 16) & 0x8000u, size = bits & 0x7FFFFFFFu;
+    if (size > 0x7F800000u) return (uint16_t)(sign | 0x7E00u);
+    if (size >= 0x47800000u) return (uint16_t)(sign | 0x7C00u);
+    if (size < 0x38800000u) return (uint16_t)(sign | (fl_to_bits(fl_from_bits(size) + 0.5f) - 0x3F000000u));
+    size += 0xFFFu + ((size >> 13) & 1u);
+    return (uint16_t)(sign | ((size - 0x38000000u) >> 13));
+}
+#endif
+
+/* exp and log without calls, so that loops over them become vector code. Relative error below 2e-7 (exp) and 3e-7 (log).
+ * exp: -inf -> 0, NaN -> NaN, above 88.72 -> inf. log: 0 -> -inf, subnormals count as 0, inf -> inf, below 0 -> NaN. */
+FL_INLINE float fl_expf(float x) {
+    float bounded = x < -87.3f ? -87.3f : (x > 88.7f ? 88.7f : x);
+    float power = (bounded * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
+    float rest = (bounded - power * 0.693359375f) + power * 2.12194440e-4f;
+    float sum = 1.9875691500e-4f;
+    sum = sum * rest + 1.3981999507e-3f;
+    sum = sum * rest + 8.3334519073e-3f;
+    sum = sum * rest + 4.1665795894e-2f;
+    sum = sum * rest + 1.6666665459e-1f;
+    sum = sum * rest + 5.0000001201e-1f;
+    sum = sum * rest * rest + rest + 1.0f;
+    float value = sum * fl_from_bits((uint32_t)((int32_t)power + 127) << 23);
+    value = x < -87.3f ? 0.0f : value;
+    value = x > 88.7228f ? INFINITY : value;
+    return x != x ? x : value;
+}
+
+FL_INLINE float fl_logf(float x) {
+    uint32_t bits = fl_to_bits(x);
+    int32_t power = (int32_t)(bits - 0x3F3504F3u) >> 23; /* mantissa into [sqrt(1/2), sqrt 2) */
+    float rest = fl_from_bits(bits - ((uint32_t)power << 23)) - 1.0f;
+    float square = rest * rest, scale = (float)power;
+    float sum = 7.0376836292e-2f;
+    sum = sum * rest - 1.1514610310e-1f;
+    sum = sum * rest + 1.1676998740e-1f;
+    sum = sum * rest - 1.2420140846e-1f;
+    sum = sum * rest + 1.4249322787e-1f;
+    sum = sum * rest - 1.6668057665e-1f;
+    sum = sum * rest + 2.0000714765e-1f;
+    sum = sum * rest - 2.4999993993e-1f;
+    sum = sum * rest + 3.3333331174e-1f;
+    float value = sum * rest * square + scale * -2.12194440e-4f - 0.5f * square + rest + scale * 0.693359375f;
+    value = x < 1.17549435e-38f ? -INFINITY : value;
+    value = x < 0.0f ? NAN : value;
+    return (x != x || x == INFINITY) ? x : value;
+}
+
+/* Philox-4x32-10 (Salmon et al. 2011), in place. */
+FL_INLINE void fl_philox(uint32_t state[4], uint32_t key0, uint32_t key1) {
+    uint32_t c0 = state[0], c1 = state[1], c2 = state[2], c3 = state[3];
+    for (int round = 0; round < 10; ++round) {
+        uint64_t left = (uint64_t)0xD2511F53u * c0, right = (uint64_t)0xCD9E8D57u * c2;
+        c0 = (uint32_t)(right >> 32) ^ c1 ^ key0;
+        c1 = (uint32_t)right;
+        c2 = (uint32_t)(left >> 32) ^ c3 ^ key1;
+        c3 = (uint32_t)left;
+        key0 += 0x9E3779B9u;
+        key1 += 0xBB67AE85u;
+    }
+    state[0] = c0;
+    state[1] = c1;
+    state[2] = c2;
+    state[3] = c3;
+}
+
+#define FL_DOMAIN_PHILOX 0x574D4358u /* context state of the function "philox" */
+#define FL_DOMAIN_MIX32 0x464C4731u  /* context state of the function "mix32" */
+#define FL_DOMAIN_TOKEN 0x574D544Bu  /* token words of the function "philox" */
+
+/* The state of a context: its tokens absorbed in blocks of four. Token i is context[i * stride]; -1 = missing. */
+FL_INLINE void fl_context_state(uint32_t state[4], uint32_t domain, uint64_t key, const int64_t *context, int64_t stride,
+                                int64_t width) {
+    uint32_t key0 = (uint32_t)key, key1 = (uint32_t)(key >> 32);
+    state[0] = domain;
+    state[1] = (uint32_t)width;
+    state[2] = 0;
+    state[3] = 0;
+    if (width == 0) fl_philox(state, key0, key1);
+    for (int64_t offset = 0; offset < width; offset += 4) {
+        for (int64_t i = 0; i < 4; ++i)
+            state[i] ^= offset + i < width ? (uint32_t)context[(offset + i) * stride] : 0xFFFFFFFFu - (uint32_t)i;
+        fl_philox(state, key0 ^ (uint32_t)offset, key1);
+    }
+}
+
+/* The four words of tokens 4*block .. 4*block+3 under a "philox" context state. */
+FL_INLINE void fl_philox_words(uint32_t words[4], const uint32_t state[4], uint64_t key, uint32_t block) {
+    words[0] = block;
+    words[1] = state[0];
+    words[2] = state[1];
+    words[3] = state[2];
+    fl_philox(words, (uint32_t)key ^ state[3], (uint32_t)(key >> 32) ^ FL_DOMAIN_TOKEN);
+}
+
+FL_INLINE uint32_t fl_scramble(uint32_t h) {
+    h ^= h >> 16;
+    h *= 0x7FEB352Du;
+    h ^= h >> 15;
+    h *= 0x846CA68Bu;
+    h ^= h >> 16;
+    return h;
+}
+
+/* The word of a token under a "mix32" context state (a, b) = its first two words. */
+FL_INLINE uint32_t fl_mix32(uint32_t token, uint32_t a, uint32_t b) { return fl_scramble(fl_scramble(token ^ a) + b); }
+
+#endif

@@ -1,0 +1,1 @@
+"""One folder per operation: its public function, reference, C and Triton kernels, and spec."""
