@@ -56,37 +56,22 @@ FL_INLINE uint16_t fl_store_bf16(float value) { /* round to nearest even; NaN st
     return (uint16_t)((bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits >> 16) | 0x40u : rounded);
 }
 
-#if defined(__FLT16_MAX__)
+/* Integer arithmetic with selects instead of _Float16, whose conversions gcc 12 leaves scalar. */
 FL_INLINE float fl_load_f16(uint16_t bits) {
-    _Float16 value;
-    memcpy(&value, &bits, 2);
-    return (float)value;
+    uint32_t sign = (uint32_t)(bits & 0x8000u) << 16, size = (uint32_t)(bits & 0x7FFFu) << 13;
+    uint32_t scaled = fl_to_bits(fl_from_bits(size) * 5.192296858534828e33f); /* 2^112 moves the exponent's bias */
+    return fl_from_bits(sign | (size >= 0x0F800000u ? size | 0x7F800000u : scaled));
 }
 
-FL_INLINE uint16_t fl_store_f16(float value) {
-    _Float16 half = (_Float16)value;
-    uint16_t bits;
-    memcpy(&bits, &half, 2);
-    return bits;
-}
-#else
-FL_INLINE float fl_load_f16(uint16_t bits) {
-    uint32_t sign = (uint32_t)(bits & 0x8000u) << 16, rest = (uint32_t)(bits & 0x7FFFu) << 13;
-    uint32_t exponent = rest & 0x0F800000u;
-    if (exponent == 0x0F800000u) return fl_from_bits(sign | (rest + 0x70000000u)); /* inf, NaN */
-    if (exponent == 0) return fl_from_bits(sign | fl_to_bits(fl_from_bits(rest + 0x38800000u) - fl_from_bits(0x38800000u)));
-    return fl_from_bits(sign | (rest + 0x38000000u));
-}
-
-FL_INLINE uint16_t fl_store_f16(float value) {
+FL_INLINE uint16_t fl_store_f16(float value) { /* round to nearest even; NaN becomes a quiet NaN */
     uint32_t bits = fl_to_bits(value), sign = (bits >> 16) & 0x8000u, size = bits & 0x7FFFFFFFu;
-    if (size > 0x7F800000u) return (uint16_t)(sign | 0x7E00u);
-    if (size >= 0x47800000u) return (uint16_t)(sign | 0x7C00u);
-    if (size < 0x38800000u) return (uint16_t)(sign | (fl_to_bits(fl_from_bits(size) + 0.5f) - 0x3F000000u));
-    size += 0xFFFu + ((size >> 13) & 1u);
-    return (uint16_t)(sign | ((size - 0x38000000u) >> 13));
+    uint32_t small = fl_to_bits(fl_from_bits(size) + 0.5f) - 0x3F000000u; /* subnormal: the addition rounds */
+    uint32_t normal = (size + 0xFFFu + ((size >> 13) & 1u) - 0x38000000u) >> 13;
+    uint32_t half = size < 0x38800000u ? small : normal;
+    half = size >= 0x47800000u ? 0x7C00u : half;
+    half = size > 0x7F800000u ? 0x7E00u : half;
+    return (uint16_t)(sign | half);
 }
-#endif
 
 /* exp and log without calls, so that loops over them become vector code. Relative error below 2e-7 (exp) and 3e-7 (log).
  * exp: -inf -> 0, NaN -> NaN, above 88.72 -> inf. log: 0 -> -inf, subnormals count as 0, inf -> inf, below 0 -> NaN. */
