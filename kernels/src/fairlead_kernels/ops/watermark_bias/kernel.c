@@ -90,6 +90,22 @@ FL_INLINE void words_of(uint32_t *word, uint32_t start, int64_t count, uint32_t 
     for (int64_t i = 0; i < count; ++i) word[i] = finish(((start + (uint32_t)i) ^ c) * 0x7FEB352Du, b, 1);
 }
 
+/* Final words of a self-hash after three context tokens (a context width of four), in registers throughout. */
+FL_INLINE void three_tokens(uint32_t *word, const uint32_t *shared, uint32_t start, int64_t count, uint32_t kept[][2],
+                            uint32_t a, uint32_t b) {
+    const uint32_t high = start >> 16, b0 = kept[0][1], b1 = kept[1][1], b2 = kept[2][1];
+    const uint32_t c0 = kept[0][0] ^ kept[0][0] >> 16 ^ high, c1 = kept[1][0] ^ kept[1][0] >> 16 ^ high;
+    const uint32_t c2 = kept[2][0] ^ kept[2][0] >> 16 ^ high;
+    FL_SIMD
+    for (int64_t i = 0; i < count; ++i) {
+        const uint32_t token = start + (uint32_t)i;
+        const uint32_t w0 = finish((token ^ c0) * 0x7FEB352Du, b0, 1), w1 = finish((token ^ c1) * 0x7FEB352Du, b1, 1);
+        const uint32_t w2 = finish((token ^ c2) * 0x7FEB352Du, b2, 1), w3 = shared[i];
+        const uint32_t x = w0 < w1 ? w0 : w1, y = w2 < w3 ? w2 : w3;
+        word[i] = fl_mix32(x < y ? x : y, a, b);
+    }
+}
+
 FL_CLONES FL_EXPORT void fl_watermark_bias(int64_t begin, int64_t end, const void *logits, int64_t logits_row,
                                            int32_t dtype, const int64_t *context, int64_t context_row,
                                            int64_t context_column, int64_t width, uint64_t key, uint32_t limit,
@@ -132,6 +148,15 @@ FL_CLONES FL_EXPORT void fl_watermark_bias(int64_t begin, int64_t end, const voi
             const int64_t *tokens = context + row * context_row;
             for (int64_t first = from; first < stop; first += BLOCK) {
                 const int64_t count = least(BLOCK, stop - first);
+                if (width == 3) {
+                    for (int64_t j = 0; j < 3 && first == from; ++j) {
+                        fl_context_state(state, FL_DOMAIN_MIX32, key, tokens + j * context_column, 1, 1);
+                        memcpy(kept[j], state, 8);
+                    }
+                    three_tokens(table, shared + (first - from), (uint32_t)first, count, kept, empty[0], empty[1]);
+                    any_block(dtype, in, to, first, table, 0, 0, count, limit, delta, 1);
+                    continue;
+                }
                 memcpy(table, shared + (first - from), (size_t)count * 4);
                 for (int64_t j = 0; j < width; ++j) {
                     if (j >= KEPT || first == from)
