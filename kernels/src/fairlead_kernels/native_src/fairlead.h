@@ -171,4 +171,47 @@ FL_INLINE uint32_t fl_scramble(uint32_t h) {
 /* The word of a token under a "mix32" context state (a, b) = its first two words. */
 FL_INLINE uint32_t fl_mix32(uint32_t token, uint32_t a, uint32_t b) { return fl_scramble(fl_scramble(token ^ a) + b); }
 
+/* The state of every window of `width` tokens: window t is tokens[t] .. tokens[t + width - 1]; vector code over t. */
+FL_INLINE void fl_window_states(uint32_t *FL_RESTRICT s0, uint32_t *FL_RESTRICT s1, uint32_t *FL_RESTRICT s2,
+                                uint32_t *FL_RESTRICT s3, uint32_t domain, uint64_t key, const uint32_t *tokens,
+                                int64_t width, int64_t windows) {
+    const uint32_t key0 = (uint32_t)key, key1 = (uint32_t)(key >> 32);
+    for (int64_t offset = 0; offset == 0 || offset < width; offset += 4) {
+        const uint32_t *next = tokens + offset;
+        const int64_t left = width - offset;
+        FL_SIMD
+        for (int64_t t = 0; t < windows; ++t) {
+            uint32_t s[4] = {domain, (uint32_t)width, 0, 0};
+            if (offset > 0) s[0] = s0[t], s[1] = s1[t], s[2] = s2[t], s[3] = s3[t];
+            if (width > 0) {
+                s[0] ^= next[t];
+                s[1] ^= left > 1 ? next[t + 1] : 0xFFFFFFFEu;
+                s[2] ^= left > 2 ? next[t + 2] : 0xFFFFFFFDu;
+                s[3] ^= left > 3 ? next[t + 3] : 0xFFFFFFFCu;
+            }
+            fl_philox(s, key0 ^ (uint32_t)offset, key1);
+            s0[t] = s[0], s1[t] = s[1], s2[t] = s[2], s3[t] = s[3];
+        }
+    }
+}
+
+/* A set of 64-bit fingerprints by open addressing; `slots` has 1 << bits places, all 0 at first, at least twice as many
+ * as items. Returns 1 when the item was not in it before. */
+FL_INLINE int fl_set_add(uint64_t *slots, int bits, uint64_t item) {
+    const uint64_t last = ((uint64_t)1 << bits) - 1;
+    item = item == 0 ? 0x9E3779B97F4A7C15u : item;
+    uint64_t at = (item * 0x9E3779B97F4A7C15u) >> (64 - bits);
+    while (slots[at] != 0) {
+        if (slots[at] == item) return 0;
+        at = (at + 1) & last;
+    }
+    slots[at] = item;
+    return 1;
+}
+
+/* The fingerprint of (context, token) from the first two words of the context's state. */
+FL_INLINE uint64_t fl_fingerprint(uint32_t s0, uint32_t s1, uint32_t token) {
+    return ((uint64_t)s0 << 32 | s1) + (uint64_t)token * 0x9E3779B97F4A7C15u;
+}
+
 #endif
