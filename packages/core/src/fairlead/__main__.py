@@ -1,0 +1,5 @@
+"""`python -m fairlead` is `fairlead`."""
+
+from .cli import main
+
+main()

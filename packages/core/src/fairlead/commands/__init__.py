@@ -1,0 +1,1 @@
+"""Commands that work on any registered method: generate and detect."""

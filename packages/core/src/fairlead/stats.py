@@ -1,0 +1,186 @@
+"""Statistics that evaluations and recipes need: estimates with intervals and tests, thin over numpy and scipy.
+
+Every interval says how it was made. Clusters are resampled or summed whole, since epoch copies and paraphrases of
+one item are not independent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its interval: `low <= estimate <= high` at `level`, from `n` observations, by `method`."""
+
+    estimate: float
+    low: float
+    high: float
+    n: int
+    method: str
+    level: float = 0.95
+
+    def __str__(self) -> str:
+        return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _values(values: ArrayLike, name: str = "values") -> np.ndarray:
+    array = np.asarray(values, dtype=float)
+    if array.ndim != 1 or not len(array):
+        raise InputError(f"{name}: needs a non-empty one-dimensional sequence, got shape {array.shape}")
+    if not np.isfinite(array).all():
+        raise InputError(f"{name}: {int((~np.isfinite(array)).sum())} of {len(array)} are not finite")
+    return array
+
+
+def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
+    """Wilson score interval of a proportion."""
+    _check_counts(successes, n)
+    from scipy.special import ndtri
+
+    z = float(ndtri(0.5 + level / 2))
+    p = successes / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return Interval(p, max(0.0, middle - half), min(1.0, middle + half), n, "Wilson", level)
+
+
+def clopper_pearson(successes: int, n: int, level: float = 0.95) -> Interval:
+    """Exact (conservative) interval of a proportion."""
+    _check_counts(successes, n)
+    from scipy.special import betaincinv
+
+    tail = (1 - level) / 2
+    low = 0.0 if successes == 0 else float(betaincinv(successes, n - successes + 1, tail))
+    high = 1.0 if successes == n else float(betaincinv(successes + 1, n - successes, 1 - tail))
+    return Interval(successes / n, low, high, n, "Clopper-Pearson", level)
+
+
+def _check_counts(successes: int, n: int) -> None:
+    if n < 1 or not 0 <= successes <= n:
+        raise InputError(f"a proportion needs 0 <= successes <= n and n >= 1, got {successes} of {n}")
+
+
+def standard_error(values: ArrayLike, clusters: Sequence[Any] | None = None) -> float:
+    """Standard error of the mean: s / sqrt(n), or clustered, sqrt(C/(C-1) sum_c (sum_{i in c}(v_i - mean))^2) / n.
+    One observation (or one cluster) has none: NaN."""
+    v = _values(values)
+    if clusters is None:
+        return float(v.std(ddof=1) / np.sqrt(len(v))) if len(v) > 1 else float("nan")
+    sums = _cluster_sums(v - v.mean(), clusters)
+    count = len(sums)
+    return float(np.sqrt(count / (count - 1) * (sums**2).sum()) / len(v)) if count > 1 else float("nan")
+
+
+def _cluster_sums(values: np.ndarray, clusters: Sequence[Any]) -> np.ndarray:
+    if len(clusters) != len(values):
+        raise InputError(f"clusters: {len(clusters)} for {len(values)} values")
+    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    return np.bincount(index, weights=values)
+
+
+def mean(values: ArrayLike, clusters: Sequence[Any] | None = None, level: float = 0.95) -> Interval:
+    """Mean with a t interval; with clusters, C - 1 degrees of freedom."""
+    from scipy.special import stdtrit
+
+    v = _values(values)
+    groups = len(v) if clusters is None else len(np.unique(np.asarray(clusters)))
+    if groups < 2:
+        return Interval(float(v.mean()), float("-inf"), float("inf"), len(v), "t (undefined for one group)", level)
+    half = float(stdtrit(groups - 1, 0.5 + level / 2)) * standard_error(v, clusters)
+    return Interval(
+        float(v.mean()), float(v.mean() - half), float(v.mean() + half), len(v),
+        "t" if clusters is None else f"clustered t, {groups} clusters", level,
+    )  # fmt: skip
+
+
+def bootstrap(
+    values: ArrayLike, statistic: Callable[[np.ndarray], float] | None = None, clusters: Sequence[Any] | None = None,
+    resamples: int = 2000, level: float = 0.95, seed: int = 0,
+) -> Interval:  # fmt: skip
+    """BCa bootstrap of a statistic (the mean by default); clusters are drawn whole, with a percentile interval."""
+    v = _values(values)
+    rng = np.random.default_rng(seed)
+    if clusters is None:
+        if len(v) < 2 or np.ptp(v) == 0:
+            point = float(v.mean()) if statistic is None else float(statistic(v))
+            return Interval(point, point, point, len(v), "bootstrap (no spread)", level)
+        from scipy.stats import bootstrap as scipy_bootstrap
+
+        function: Any = np.mean if statistic is None else statistic
+        found = scipy_bootstrap(
+            (v,), function, n_resamples=resamples, confidence_level=level, method="BCa", rng=rng,
+            vectorized=statistic is None,
+        )  # fmt: skip
+        low, high = found.confidence_interval
+        return Interval(float(function(v)), float(low), float(high), len(v), f"BCa bootstrap, {resamples}", level)
+    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    members = [np.flatnonzero(index == c) for c in range(index.max() + 1)]
+    compute = np.mean if statistic is None else statistic
+    draws = [
+        compute(v[np.concatenate([members[c] for c in rng.integers(0, len(members), len(members))])])
+        for _ in range(resamples)
+    ]
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(
+        float(compute(v)), float(low), float(high), len(v), f"cluster bootstrap, {resamples}, {len(members)} clusters", level
+    )  # fmt: skip
+
+
+def paired_difference(
+    a: ArrayLike, b: ArrayLike, clusters: Sequence[Any] | None = None, level: float = 0.95
+) -> Interval:
+    """Mean of a - b over aligned items, with a t interval (clustered when clusters are given)."""
+    x, y = _values(a, "a"), _values(b, "b")
+    if len(x) != len(y):
+        raise InputError(f"paired difference: {len(x)} against {len(y)} items")
+    found = mean(x - y, clusters, level)
+    return Interval(found.estimate, found.low, found.high, found.n, "paired " + found.method, level)
+
+
+def sign_flip(differences: ArrayLike, resamples: int = 20_000, seed: int = 0) -> float:
+    """Two-sided p-value of "the differences are symmetric about zero" by flipping signs; exact up to 14 items."""
+    d = _values(differences, "differences")
+    observed = abs(d.mean())
+    if len(d) <= 14:
+        signs = np.array(np.meshgrid(*[[-1.0, 1.0]] * len(d))).reshape(len(d), -1)
+        return float((np.abs(d @ signs / len(d)) >= observed - 1e-12).mean())
+    rng = np.random.default_rng(seed)
+    hits = 0
+    for start in range(0, resamples, 2000):
+        count = min(2000, resamples - start)
+        flips = rng.integers(0, 2, (count, len(d))) * 2.0 - 1
+        hits += int((np.abs(flips @ d / len(d)) >= observed - 1e-12).sum())
+    return (hits + 1) / (resamples + 1)
+
+
+def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
+    """Exact two-sided McNemar p-value of two aligned binary outcomes."""
+    from scipy.stats import binomtest
+
+    x, y = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
+    if x.shape != y.shape:
+        raise InputError(f"McNemar: {len(x)} against {len(y)} items")
+    only_a, only_b = int((x & ~y).sum()), int((~x & y).sum())
+    if only_a + only_b == 0:
+        return 1.0
+    return float(binomtest(only_a, only_a + only_b).pvalue)
+
+
+def holm(p_values: ArrayLike) -> np.ndarray:
+    """Holm's adjusted p-values, in input order."""
+    p = _values(p_values, "p_values")
+    order = np.argsort(p)
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(1, np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order]))
+    return adjusted

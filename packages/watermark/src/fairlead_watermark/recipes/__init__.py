@@ -1,0 +1,1 @@
+"""Recipes of fairlead-watermark: each reproduces a paper's effect at small scale and writes a report."""
