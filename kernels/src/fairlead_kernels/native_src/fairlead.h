@@ -112,18 +112,33 @@ FL_INLINE float fl_logf(float x) {
     return (x != x || x == INFINITY) ? x : value;
 }
 
-/* Philox-4x32-10 (Salmon et al. 2011), in place. */
+/* Philox-4x32-10 (Salmon et al. 2011) on four uint32_t variables, in place. Written out and on variables, because gcc
+ * vectorises neither a loop within a loop nor a small array: in vector loops use this, not fl_philox. */
+#define FL_PHILOX_ROUND(c0, c1, c2, c3, KEY0, KEY1)                                                   \
+    do {                                                                                              \
+        const uint64_t fl_left = (uint64_t)0xD2511F53u * c0, fl_right = (uint64_t)0xCD9E8D57u * c2;   \
+        c0 = (uint32_t)(fl_right >> 32) ^ c1 ^ (uint32_t)(KEY0);                                      \
+        c1 = (uint32_t)fl_right;                                                                      \
+        c2 = (uint32_t)(fl_left >> 32) ^ c3 ^ (uint32_t)(KEY1);                                       \
+        c3 = (uint32_t)fl_left;                                                                       \
+    } while (0)
+#define FL_PHILOX(c0, c1, c2, c3, key0, key1) \
+    do { \
+        FL_PHILOX_ROUND(c0, c1, c2, c3, (key0) + 0x00000000u, (key1) + 0x00000000u); \
+        FL_PHILOX_ROUND(c0, c1, c2, c3, (key0) + 0x9E3779B9u, (key1) + 0xBB67AE85u); \
+        FL_PHILOX_ROUND(c0, c1, c2, c3, (key0) + 0x3C6EF372u, (key1) + 0x76CF5D0Au); \
+        FL_PHILOX_ROUND(c0, c1, c2, c3, (key0) + 0xDAA66D2Bu, (key1) + 0x32370B8Fu); \
+        FL_PHILOX_ROUND(c0, c1, c2, c3, (key0) + 0x78DDE6E4u, (key1) + 0xED9EBA14u); \
+        FL_PHILOX_ROUND(c0, c1, c2, c3, (key0) + 0x1715609Du, (key1) + 0xA9066899u); \
+        FL_PHILOX_ROUND(c0, c1, c2, c3, (key0) + 0xB54CDA56u, (key1) + 0x646E171Eu); \
+        FL_PHILOX_ROUND(c0, c1, c2, c3, (key0) + 0x5384540Fu, (key1) + 0x1FD5C5A3u); \
+        FL_PHILOX_ROUND(c0, c1, c2, c3, (key0) + 0xF1BBCDC8u, (key1) + 0xDB3D7428u); \
+        FL_PHILOX_ROUND(c0, c1, c2, c3, (key0) + 0x8FF34781u, (key1) + 0x96A522ADu); \
+    } while (0)
+
 FL_INLINE void fl_philox(uint32_t state[4], uint32_t key0, uint32_t key1) {
     uint32_t c0 = state[0], c1 = state[1], c2 = state[2], c3 = state[3];
-    for (int round = 0; round < 10; ++round) {
-        uint64_t left = (uint64_t)0xD2511F53u * c0, right = (uint64_t)0xCD9E8D57u * c2;
-        c0 = (uint32_t)(right >> 32) ^ c1 ^ key0;
-        c1 = (uint32_t)right;
-        c2 = (uint32_t)(left >> 32) ^ c3 ^ key1;
-        c3 = (uint32_t)left;
-        key0 += 0x9E3779B9u;
-        key1 += 0xBB67AE85u;
-    }
+    FL_PHILOX(c0, c1, c2, c3, key0, key1);
     state[0] = c0;
     state[1] = c1;
     state[2] = c2;
@@ -171,27 +186,42 @@ FL_INLINE uint32_t fl_scramble(uint32_t h) {
 /* The word of a token under a "mix32" context state (a, b) = its first two words. */
 FL_INLINE uint32_t fl_mix32(uint32_t token, uint32_t a, uint32_t b) { return fl_scramble(fl_scramble(token ^ a) + b); }
 
-/* The state of every window of `width` tokens: window t is tokens[t] .. tokens[t + width - 1]; vector code over t. */
-FL_INLINE void fl_window_states(uint32_t *FL_RESTRICT s0, uint32_t *FL_RESTRICT s1, uint32_t *FL_RESTRICT s2,
-                                uint32_t *FL_RESTRICT s3, uint32_t domain, uint64_t key, const uint32_t *tokens,
-                                int64_t width, int64_t windows) {
-    const uint32_t key0 = (uint32_t)key, key1 = (uint32_t)(key >> 32);
-    for (int64_t offset = 0; offset == 0 || offset < width; offset += 4) {
-        const uint32_t *next = tokens + offset;
-        const int64_t left = width - offset;
-        FL_SIMD
-        for (int64_t t = 0; t < windows; ++t) {
-            uint32_t s[4] = {domain, (uint32_t)width, 0, 0};
-            if (offset > 0) s[0] = s0[t], s[1] = s1[t], s[2] = s2[t], s[3] = s3[t];
-            if (width > 0) {
-                s[0] ^= next[t];
-                s[1] ^= left > 1 ? next[t + 1] : 0xFFFFFFFEu;
-                s[2] ^= left > 2 ? next[t + 2] : 0xFFFFFFFDu;
-                s[3] ^= left > 3 ? next[t + 3] : 0xFFFFFFFCu;
-            }
-            fl_philox(s, key0 ^ (uint32_t)offset, key1);
-            s0[t] = s[0], s1[t] = s[1], s2[t] = s[2], s3[t] = s[3];
+/* One block of window states: `have` tokens of the block exist, `begun` says that s0..s3 hold a state already. */
+FL_INLINE void fl_window_block(uint32_t *s0, uint32_t *s1, uint32_t *s2, uint32_t *s3, uint32_t domain, uint32_t width,
+                               uint32_t key0, uint32_t key1, const uint32_t *next, int64_t windows, const int have,
+                               const int begun) {
+    FL_SIMD
+    for (int64_t t = 0; t < windows; ++t) {
+        uint32_t c0 = begun ? s0[t] : domain, c1 = begun ? s1[t] : width, c2 = begun ? s2[t] : 0, c3 = begun ? s3[t] : 0;
+        if (have > 0) {
+            c0 ^= next[t];
+            c1 ^= have > 1 ? next[t + 1] : 0xFFFFFFFEu;
+            c2 ^= have > 2 ? next[t + 2] : 0xFFFFFFFDu;
+            c3 ^= have > 3 ? next[t + 3] : 0xFFFFFFFCu;
         }
+        FL_PHILOX(c0, c1, c2, c3, key0, key1);
+        s0[t] = c0, s1[t] = c1, s2[t] = c2, s3[t] = c3;
+    }
+}
+
+/* The state of every window of `width` tokens: window t is tokens[t] .. tokens[t + width - 1]; vector code over t. */
+FL_INLINE void fl_window_states(uint32_t *s0, uint32_t *s1, uint32_t *s2, uint32_t *s3, uint32_t domain, uint64_t key,
+                                const uint32_t *tokens, int64_t width, int64_t windows) {
+    const uint32_t high = (uint32_t)(key >> 32), w = (uint32_t)width;
+    for (int64_t offset = 0; offset == 0 || offset < width; offset += 4) {
+        const uint32_t low = (uint32_t)key ^ (uint32_t)offset, *next = tokens + offset;
+        const int have = width - offset < 4 ? (int)(width - offset) : 4;
+#define FL_BLOCK(HAVE, BEGUN) fl_window_block(s0, s1, s2, s3, domain, w, low, high, next, windows, HAVE, BEGUN)
+        if (offset == 0 && have == 0) FL_BLOCK(0, 0);
+        else if (offset == 0 && have == 1) FL_BLOCK(1, 0);
+        else if (offset == 0 && have == 2) FL_BLOCK(2, 0);
+        else if (offset == 0 && have == 3) FL_BLOCK(3, 0);
+        else if (offset == 0) FL_BLOCK(4, 0);
+        else if (have == 1) FL_BLOCK(1, 1);
+        else if (have == 2) FL_BLOCK(2, 1);
+        else if (have == 3) FL_BLOCK(3, 1);
+        else FL_BLOCK(4, 1);
+#undef FL_BLOCK
     }
 }
 

@@ -12,12 +12,14 @@ FL_CLONES FL_EXPORT void fl_prf(int64_t begin, int64_t end, const int64_t *conte
                          context_column, width);
         if (philox) {
             const uint32_t key0 = (uint32_t)key ^ state[3], key1 = (uint32_t)(key >> 32) ^ FL_DOMAIN_TOKEN;
+            const uint32_t s0 = state[0], s1 = state[1], s2 = state[2];
             FL_SIMD
             for (int64_t i = 0; i < count; ++i) {
-                uint32_t token = (uint32_t)ids[i * token_column], lane = token & 3u;
-                uint32_t w[4] = {token >> 2, state[0], state[1], state[2]};
-                fl_philox(w, key0, key1);
-                words[i] = (int64_t)(lane < 2 ? (lane == 0 ? w[0] : w[1]) : (lane == 2 ? w[2] : w[3]));
+                const uint32_t token = (uint32_t)ids[i * token_column], lane = token & 3u;
+                uint32_t c0 = token >> 2, c1 = s0, c2 = s1, c3 = s2;
+                FL_PHILOX(c0, c1, c2, c3, key0, key1);
+                const uint32_t low = lane == 0 ? c0 : c1, high = lane == 2 ? c2 : c3;
+                words[i] = (int64_t)(lane < 2 ? low : high);
             }
         } else {
             const uint32_t a = state[0], b = state[1];
