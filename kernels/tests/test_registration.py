@@ -1,0 +1,94 @@
+"""Operations as torch sees them: opcheck, fakes, gradients, torch.compile."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from fairlead_kernels import dispatch, library, native, prf, watermark_bias
+from fairlead_kernels.opspec import OpSpec
+from fairlead_kernels.testing import copied, operator, use_backend
+
+
+def finite(value: Any) -> Any:
+    """opcheck compares results by allclose, to which NaN equals nothing."""
+    floating = isinstance(value, torch.Tensor) and value.dtype.is_floating_point
+    return value.masked_fill_(value.isnan(), 1.0) if floating else value
+
+
+def test_opcheck_passes_all_four_checks(spec: OpSpec) -> None:
+    dtype = (spec.dtypes or (torch.int64,))[0]
+    for sample in spec.samples(dtype, "cpu", 0):
+        args = tuple(finite(copied(value)) for value in sample.args)
+        found = torch.library.opcheck(operator(spec), args, sample.kwargs)
+        assert set(found.values()) == {"SUCCESS"} and len(found) == 4, sample.label
+
+
+def test_gradients_match_finite_differences(spec: OpSpec) -> None:
+    if spec.gradcheck is None:
+        pytest.skip("not differentiable")
+    for sample in spec.gradcheck(0):
+        assert torch.autograd.gradcheck(lambda *args, s=sample: operator(spec)(*args, **s.kwargs), sample.args)
+
+
+def test_gradients_agree_between_backends(spec: OpSpec) -> None:
+    if spec.backward is None:
+        pytest.skip("not differentiable")
+    if "c" not in spec.implementations or native.why_absent():
+        pytest.skip("no C backend here")
+    unsupported = spec.implementations["c"].unsupported
+    for sample in spec.samples(torch.float32, "cpu", 2):
+        if unsupported is not None and unsupported(*sample.args, **sample.kwargs) is not None:
+            continue
+        found = {}
+        for backend in ("reference", "c"):
+            args = [copied(value) for value in sample.args]
+            leaves = [v.requires_grad_() for v in args if isinstance(v, torch.Tensor) and v.dtype.is_floating_point]
+            with use_backend(backend):
+                out = operator(spec)(*args, **sample.kwargs)
+                outputs = [out] if isinstance(out, torch.Tensor) else out
+                outputs = [one for one in outputs if isinstance(one, torch.Tensor) and one.requires_grad]
+                weights = [torch.linspace(0.5, 1.5, one.numel()).view(one.shape).to(one.dtype) for one in outputs]
+                found[backend] = torch.autograd.grad(outputs, leaves, weights, allow_unused=True)
+        for right, other in zip(found["reference"], found["c"], strict=True):
+            assert (right is None) == (other is None), sample.label
+            if right is not None:
+                torch.testing.assert_close(other, right, rtol=1e-4, atol=1e-5, equal_nan=True, msg=sample.label)
+
+
+def test_importing_an_operation_again_keeps_its_definition() -> None:
+    module = importlib.import_module("fairlead_kernels.ops.prf")
+    before = torch.ops.fairlead.prf.default
+    importlib.reload(module)
+    library.define(module.SPECS)
+    assert torch.ops.fairlead.prf.default is before
+
+
+def test_meta_tensors_get_shapes_without_values() -> None:
+    logits = torch.empty(3, 50, dtype=torch.bfloat16, device="meta")
+    out = watermark_bias(logits, torch.empty(3, 1, dtype=torch.int64, device="meta"), key=1)
+    assert out.device.type == "meta" and out.shape == (3, 50) and out.dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(not os.environ.get("FAIRLEAD_TEST_COMPILE"), reason="set FAIRLEAD_TEST_COMPILE=1: compiling is slow")
+def test_torch_compile_makes_one_graph() -> None:
+    def step(logits: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        biased = watermark_bias(logits * 2, context, key=5, scheme="minhash")
+        watermark_bias(biased, context, key=6, out=biased)
+        return biased.softmax(-1) + prf(context, context, key=7).sum()
+
+    logits, context = torch.randn(2, 300), torch.randint(0, 300, (2, 3))
+    compiled = torch.compile(step, fullgraph=True)
+    torch.testing.assert_close(compiled(logits, context), step(logits, context))
+
+
+def test_explain_names_a_backend_for_every_operation() -> None:
+    rows = {row["operation"]: row for row in dispatch.explain("cpu")}
+    assert set(rows) == set(library.load_all())
+    for row in rows.values():
+        assert row["backend"] in dispatch.implementations(library.specs()[row["operation"]])
+        assert row["backend"] not in row["reasons"] and all(row["reasons"].values())
