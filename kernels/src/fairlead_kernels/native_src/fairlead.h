@@ -12,11 +12,13 @@
 #if defined(_MSC_VER)
 #define FL_EXPORT __declspec(dllexport)
 #define FL_INLINE static __forceinline
+#define FL_NOINLINE static __declspec(noinline)
 #define FL_RESTRICT __restrict
 #define FL_SIMD
 #else
 #define FL_EXPORT __attribute__((visibility("default")))
 #define FL_INLINE static inline __attribute__((always_inline))
+#define FL_NOINLINE static __attribute__((noinline))
 #define FL_RESTRICT restrict
 #define FL_SIMD _Pragma("omp simd")
 #endif

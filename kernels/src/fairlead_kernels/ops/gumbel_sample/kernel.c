@@ -124,7 +124,7 @@ FL_INLINE void play_block(const void *row, int32_t dtype, int64_t stride, int64_
                           const uint32_t state[4], uint64_t key, float least, double inverse, double *best,
                           int64_t *best_id, int64_t bound) {
     uint32_t words[4][LANES];
-    uint8_t hit[LANES] __attribute__((aligned(64)));
+    uint8_t hit[LANES];
     const uint32_t key0 = (uint32_t)key ^ state[3], key1 = (uint32_t)(key >> 32) ^ FL_DOMAIN_TOKEN;
     const uint32_t base = (uint32_t)(first >> 2), s0 = state[0], s1 = state[1], s2 = state[2];
     const uint32_t limit = bound < 0 ? 0 : (uint32_t)(bound > 0xFFFFFF ? 0xFFFFFF : bound) << 8;
@@ -156,6 +156,19 @@ FL_INLINE void play_block(const void *row, int32_t dtype, int64_t stride, int64_
     }
 }
 
+/* The largest of a block; 1 when it holds NaN or +inf. */
+FL_CLONES FL_NOINLINE int32_t maximum_f32(const float *values, int64_t count, float *largest) {
+    float most = -INFINITY, sum = 0.0f;
+    _Pragma("omp simd reduction(max : most) reduction(+ : sum)")
+    for (int64_t i = 0; i < count; ++i) {
+        const float value = values[i];
+        most = value > most ? value : most;
+        sum += value < INFINITY ? 0.0f : 1.0f; /* a sum, for a reduction by "or" is not vectorised */
+    }
+    *largest = most;
+    return sum > 0.0f;
+}
+
 FL_INLINE int32_t block_maxima(const void *row, int32_t dtype, int64_t stride, int64_t vocabulary, float *maxima) {
     int32_t bad = 0;
     for (int64_t first = 0, block = 0; first < vocabulary; first += BLOCK, ++block) {
@@ -163,14 +176,8 @@ FL_INLINE int32_t block_maxima(const void *row, int32_t dtype, int64_t stride, i
         float largest = -INFINITY;
         int32_t odd = 0;
         if (dtype == FL_F32 && stride == 1) {
-            const float *values = (const float *)row + first;
-            _Pragma("omp simd reduction(max : largest) reduction(| : odd)")
-            for (int64_t i = 0; i < count; ++i) {
-                largest = values[i] > largest ? values[i] : largest;
-                odd |= !(values[i] < INFINITY);
-            }
+            odd = maximum_f32((const float *)row + first, count, &largest);
         } else {
-            _Pragma("omp simd reduction(max : largest) reduction(| : odd)")
             for (int64_t i = 0; i < count; ++i) {
                 const float value = load(row, dtype, first + i, stride);
                 largest = value > largest ? value : largest;
@@ -183,12 +190,14 @@ FL_INLINE int32_t block_maxima(const void *row, int32_t dtype, int64_t stride, i
     return bad;
 }
 
-FL_INLINE float exp_sum_f32(const float *values, int64_t count, float top, float scale, float least) {
+/* Functions of their own, not inlined: inside the long function below the compiler leaves these loops scalar. */
+FL_CLONES FL_NOINLINE float exp_sum_f32(const float *values, int64_t count, float top, float scale,
+                                                             float least) {
     float sum = 0.0f;
     _Pragma("omp simd reduction(+ : sum)")
     for (int64_t i = 0; i < count; ++i) {
-        const float term = fl_expf((values[i] - top) * scale);
-        sum += values[i] >= least ? term : 0.0f;
+        const float value = values[i], term = fl_expf((value - top) * scale);
+        sum += value >= least ? term : 0.0f;
     }
     return sum;
 }
