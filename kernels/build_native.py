@@ -21,7 +21,7 @@ LIBRARY = PACKAGE / ("libfairlead_kernels.dylib" if sys.platform == "darwin" els
 
 def main() -> int:
     compiler = shlex.split(os.environ.get("CC", "cc"))
-    flags = (HERE / "cflags.txt").read_text().split() + ["-I", str(PACKAGE / "native_src")]
+    flags = [*(HERE / "cflags.txt").read_text().split(), "-I", str(PACKAGE / "native_src")]
     objects = HERE / "build" / "native"
     objects.mkdir(parents=True, exist_ok=True)
     headers = b"".join(path.read_bytes() for path in sorted((PACKAGE / "native_src").glob("*.h")))

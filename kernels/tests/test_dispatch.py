@@ -36,7 +36,9 @@ def test_the_environment_forces_a_backend(name: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.skipif(dispatch.interpreting(), reason="the interpreter serves CPU tensors")
 def test_a_forced_backend_that_cannot_serve_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAIRLEAD_KERNELS", "triton")
-    with pytest.raises(dispatch.KernelUnavailable, match="FAIRLEAD_KERNELS=triton cannot serve prf: (it serves|triton is)"):
+    with pytest.raises(
+        dispatch.KernelUnavailable, match=r"FAIRLEAD_KERNELS=triton cannot serve prf: (it serves|triton is)"
+    ):
         prf(CONTEXT, TOKENS, key=42)
 
 
@@ -95,7 +97,7 @@ def test_a_third_party_backend_serves_by_its_priority(monkeypatch: pytest.Monkey
 
 
 def test_a_backend_of_an_unknown_operation_is_refused() -> None:
-    with pytest.raises(ValueError, match="no operation 'prff'; there are .*prf"):
+    with pytest.raises(ValueError, match=r"no operation 'prff'; there are .*prf"):
         fairlead_kernels.register_implementation("prff", "mine", Implementation("m:f", ("cpu",), 1))
 
 
@@ -114,5 +116,5 @@ def test_a_registered_prf_is_called_by_name(monkeypatch: pytest.MonkeyPatch) -> 
 def test_every_public_name_is_found_on_the_package() -> None:
     for name in library.public_names():
         assert callable(getattr(fairlead_kernels, name))
-    with pytest.raises(AttributeError, match="no attribute 'pfr'; operations: .*prf"):
+    with pytest.raises(AttributeError, match=r"no attribute 'pfr'; operations: .*prf"):
         _ = fairlead_kernels.pfr

@@ -1,5 +1,5 @@
-"""Every backend of every operation gives what the reference gives: samples, other seeds, other memory layouts, far rows,
-poisoned memory and several threads. New operations are found by their spec."""
+"""Every backend of every operation gives what the reference gives: samples, other seeds, other memory layouts, far
+rows, poisoned memory and several threads. New operations are found by their spec."""
 
 from __future__ import annotations
 

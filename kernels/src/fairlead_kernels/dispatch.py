@@ -1,7 +1,7 @@
 """Which backend serves a call, and why another does not.
 
-The largest priority that can serve wins. FAIRLEAD_KERNELS=reference|c|triton (or `use_backend`) forces one, and the call
-fails with the reason where that one cannot serve. A slower path taken silently would be a lie: it is logged once.
+The largest priority that can serve wins. FAIRLEAD_KERNELS=reference|c|triton (or `use_backend`) forces one, and the
+call fails with the reason where that one cannot serve. A slower path taken silently would be a lie: it is logged once.
 """
 
 from __future__ import annotations

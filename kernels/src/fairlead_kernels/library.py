@@ -16,7 +16,7 @@ import torch
 from . import dispatch, ops
 from .opspec import OpSpec
 
-_library = torch.library.Library("fairlead", "FRAGMENT")
+_library: Any = torch.library.Library("fairlead", "FRAGMENT")  # type: ignore[no-untyped-call]
 _specs: dict[str, OpSpec] = {}
 
 

@@ -30,7 +30,9 @@ def operator(spec: OpSpec) -> Any:
 def mutated(spec: OpSpec) -> list[int]:
     """Positions of the arguments that the operation writes."""
     arguments = operator(spec)._schema.arguments
-    return [i for i, argument in enumerate(arguments) if argument.alias_info is not None and argument.alias_info.is_write]
+    return [
+        i for i, argument in enumerate(arguments) if argument.alias_info is not None and argument.alias_info.is_write
+    ]
 
 
 def relaid(value: torch.Tensor, order: tuple[int, ...], gaps: tuple[int, ...], offset: int) -> torch.Tensor:
@@ -77,8 +79,8 @@ def widened(sample: Sample) -> Sample:
 
 
 def assert_agree(found: Any, right: Any, rtol: float, atol: float, what: str) -> None:
-    """AssertionError unless two results agree: integers and bools exactly, floats within tolerance, infinities and NaN in
-    the same places. rtol = atol = 0: the values are equal."""
+    """AssertionError unless two results agree: integers and bools exactly, floats within tolerance, infinities and
+    NaN in the same places. rtol = atol = 0: the values are equal."""
     if not isinstance(right, torch.Tensor):
         if found != right:
             raise AssertionError(f"{what}: {found!r}, {right!r} is right")
@@ -99,14 +101,22 @@ def assert_agree(found: Any, right: Any, rtol: float, atol: float, what: str) ->
         )
 
 
-def tolerance(spec: OpSpec, dtype: torch.dtype, interpreted: bool = False) -> tuple[float, float]:
-    """(rtol, atol) of an operation at a dtype. Triton's interpreter truncates to bfloat16 where hardware rounds: 2^-6."""
-    rtol, atol = (0.0, 0.0) if spec.exact else spec.tolerances.get(dtype, (0.0, 0.0))
+def tolerance(
+    spec: OpSpec, dtype: torch.dtype, interpreted: bool = False, result: torch.dtype | None = None
+) -> tuple[float, float]:
+    """(rtol, atol) of an operation at a dtype. Triton's interpreter truncates to bfloat16, hardware rounds: 2^-6.
+    An operation on integers alone has the tolerance of its result's dtype, or else the one given for float32."""
+    rtol, atol = (0.0, 0.0) if spec.exact else spec.tolerances.get(key, (0.0, 0.0))
     return (max(rtol, 2.0**-6), max(atol, 2.0**-9)) if interpreted and dtype == torch.bfloat16 else (rtol, atol)
 
 
 def check_sample(
-    spec: OpSpec, sample: Sample, backend: str, dtype: torch.dtype, interpreted: bool = False, seen: Sample | None = None
+    spec: OpSpec,
+    sample: Sample,
+    backend: str,
+    dtype: torch.dtype,
+    interpreted: bool = False,
+    seen: Sample | None = None,
 ) -> None:
     """One call of a backend against the reference. seen: what the backend is given instead (another layout)."""
     seen = seen or sample
@@ -115,8 +125,8 @@ def check_sample(
     found = results(spec, seen.args, seen.kwargs, backend)
     if len(found) != len(right):
         raise AssertionError(f"{spec.name} by {backend}: {len(found)} results, {len(right)} are right")
-    rtol, atol = tolerance(spec, dtype, interpreted)
     for i, (x, y) in enumerate(zip(found, right, strict=True)):
+        rtol, atol = tolerance(spec, dtype, interpreted, y.dtype if isinstance(y, torch.Tensor) else None)
         assert_agree(x, y, rtol, atol, f"{spec.name} by {backend}, {dtype}, {sample.label or 'sample'}, result {i}")
 
 

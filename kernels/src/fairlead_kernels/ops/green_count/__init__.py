@@ -38,9 +38,9 @@ def green_count(
 
     ids_BT: integer ids; a negative one is not scored and, in a context, missing. lengths_B: integer, tokens of each row
     (default all). key, gamma, scheme: as `watermark_bias`. context_width: tokens of context, for selfhash the candidate
-    included. dedup: "pair" scores each draw once, "context" each context once (of selfhash: the context tokens without the
-    candidate), "none" everything. context_BH: the ids before column 0, oldest first, -1 = missing. pad_left: score tokens
-    whose context has missing ids as well, with -1 in their places.
+    included. dedup: "pair" scores each draw once, "context" each context once (of selfhash: the context tokens without
+    the candidate), "none" everything. context_BH: the ids before column 0, oldest first, -1 = missing. pad_left: score
+    tokens whose context has missing ids as well, with -1 in their places.
     Returns count_B (int64, green), scored_B (int64) and tokens_BT (int8: 1 green, 0 red, -1 not scored).
     ValueError / TypeError on anything else.
     """

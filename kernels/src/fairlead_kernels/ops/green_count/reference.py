@@ -17,7 +17,7 @@ def columns(context_width: int, scheme: str) -> int:
 
 
 def extend(ids_BT: torch.Tensor, context_BH: torch.Tensor | None, width: int) -> torch.Tensor:
-    """The rows with `width` ids put before them, -1 where nothing is known: the context of token t is [t, t + width)."""
+    """The rows after `width` ids, -1 where none is known: the context of token t is at [t, t + width)."""
     known = ids_BT.new_zeros((ids_BT.shape[0], 0)) if context_BH is None else context_BH
     known = known[:, max(0, known.shape[1] - width) :] if width else known[:, :0]
     missing = ids_BT.new_full((ids_BT.shape[0], width - known.shape[1]), -1)
@@ -49,9 +49,7 @@ def first_occurrences(fingerprint_BT: torch.Tensor, valid_BT: torch.Tensor) -> t
     return valid_BT & torch.empty_like(valid_BT).scatter_(1, order_BT, new_BT)
 
 
-def tally(
-    green_BT: torch.Tensor, fingerprint_BT: torch.Tensor | None, valid_BT: torch.Tensor
-) -> Counts:
+def tally(green_BT: torch.Tensor, fingerprint_BT: torch.Tensor | None, valid_BT: torch.Tensor) -> Counts:
     """Counts and marks from green bits, fingerprints (None = no dedup) and scorable tokens."""
     if fingerprint_BT is not None:
         valid_BT = first_occurrences(fingerprint_BT, valid_BT)
@@ -92,9 +90,7 @@ def green_count(
         words_N1 = mix32_words(*empty_state(windows_NH, key), minimum_N1)
         draw_N = minimum_N1[:, 0]
     else:
-        a_N, b_N = (
-            token_states(smallest_token(windows_NH, key), key) if scheme == "minhash" else (state[0], state[1])
-        )
+        a_N, b_N = token_states(smallest_token(windows_NH, key), key) if scheme == "minhash" else (state[0], state[1])
         words_N1 = mix32_words(a_N, b_N, ids_N1)
         draw_N = fingerprint(a_N, b_N, ids_N1[:, 0])
         state = (a_N, b_N, state[2], state[3])

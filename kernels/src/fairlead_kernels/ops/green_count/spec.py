@@ -28,11 +28,14 @@ def samples(dtype: torch.dtype, device: str, seed: int) -> Iterator[Sample]:
         return torch.randint(low, high, (rows, tokens), generator=generator).to(device)
 
     for scheme, width in (("lefthash", 1), ("lefthash", 6), ("lefthash", 0), ("minhash", 3), ("selfhash", 4)):
+        args: tuple[Any, ...]
         for dedup in ("pair", "context", "none"):
             args = (ids(3, 40), None, None, 42, 0.25, width, scheme, dedup, False)
             yield Sample(args, label=f"{scheme}-{width}-{dedup}")
         lengths = torch.tensor([0, 31, 40], device=device)
-        yield Sample((ids(3, 40, -1), lengths, None, -3, 0.5, width, scheme, "pair", True), label=f"{scheme}-{width}-gaps")
+        yield Sample(
+            (ids(3, 40, -1), lengths, None, -3, 0.5, width, scheme, "pair", True), label=f"{scheme}-{width}-gaps"
+        )
         wide = ids(6, 50, -1, 50_000)
         args = (wide[::2, 3:43:2], lengths - 5, wide[3:, -2:], 9, 0.4, width, scheme, "pair", False)
         yield Sample(args, label=f"{scheme}-{width}-strided-after-context")
@@ -48,7 +51,9 @@ def compile_cases(dtype: torch.dtype) -> Iterator[CompileCase]:
     for scheme in range(3):
         for by_context in (False, True):
             constexprs = {"SCHEME": scheme, "BY_CONTEXT": by_context, "WIDTH": 3, "BLOCK": 1024}
-            yield CompileCase(f"{HERE}.triton:green_count_kernel", signature, constexprs, f"scheme{scheme}-{by_context}")
+            yield CompileCase(
+                f"{HERE}.triton:green_count_kernel", signature, constexprs, f"scheme{scheme}-{by_context}"
+            )
 
 
 def cost(ids_BT: torch.Tensor, *_: Any) -> Cost:

@@ -1,5 +1,7 @@
 """green_count in Triton: green bits and fingerprints in one kernel, dedup by two sorts on the device."""
 
+# mypy: disable-error-code="import-untyped, import-not-found, no-untyped-def, untyped-decorator"
+
 from __future__ import annotations
 
 import torch
@@ -15,12 +17,12 @@ BLOCK = 1024
 
 
 @triton.jit
-def window_word(tokens_ptr, offsets, inside, LEFT: tl.constexpr, I: tl.constexpr):
-    """Token I of a block of four, or its padding when fewer than I + 1 are LEFT."""
-    if I < LEFT:
-        word = tl.load(tokens_ptr + offsets + I, mask=inside, other=0).to(tl.uint32)
+def window_word(tokens_ptr, offsets, inside, LEFT: tl.constexpr, LANE: tl.constexpr):
+    """Token LANE of a block of four, or its padding when fewer than LANE + 1 are LEFT."""
+    if LANE < LEFT:
+        word = tl.load(tokens_ptr + offsets + LANE, mask=inside, other=0).to(tl.uint32)
     else:
-        word = tl.full(offsets.shape, 0xFFFFFFFF - I, tl.uint32)
+        word = tl.full(offsets.shape, 0xFFFFFFFF - LANE, tl.uint32)
     return word
 
 
@@ -42,7 +44,7 @@ def window_states(tokens_ptr, offsets, inside, key0, key1, WIDTH: tl.constexpr):
     return s0, s1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "tokens", "key_low", "key_high", "limit"])
 def green_count_kernel(
     tokens_ptr,
     length,

@@ -2,8 +2,8 @@
 
 philox ("philox4x32-10-v1"): Philox-4x32-10 of the token block under a context state that has absorbed the context in
 blocks of four; a word per token. Schemes that select tokens use it. mix32 ("fairlead-mix32-v1"): two rounds of a 32-bit
-mixer keyed by the first two words of the context state. Green lists use it. Neither is a cryptographic PRF: whoever needs
-one registers it with `register_prf`. Philox: Salmon et al., SC 2011.
+mixer keyed by the first two words of the context state. Green lists use it. Neither is a cryptographic PRF: whoever
+needs one registers it with `register_prf`. Philox: Salmon et al., SC 2011.
 """
 
 from __future__ import annotations
@@ -43,12 +43,14 @@ def prf(context_BH: torch.Tensor, tokens_BN: torch.Tensor, *, key: int, function
         raise ValueError(f"no PRF {function!r}; there are {', '.join(prf_functions())}")
     words = _registered[function](context_BH, tokens_BN, key)
     if words.dtype != torch.int64 or words.shape != tokens_BN.shape:
-        raise TypeError(f"PRF {function!r} gave {words.dtype} {tuple(words.shape)}, int64 {tuple(tokens_BN.shape)} is due")
+        raise TypeError(
+            f"PRF {function!r} gave {words.dtype} {tuple(words.shape)}, int64 {tuple(tokens_BN.shape)} is due"
+        )
     return words
 
 
 def register_prf(name: str, function: PRF) -> None:
-    """Add a keyed function: (context_BH, tokens_BN, key) -> int64 words_BN in [0, 2^32). ValueError: the name is taken."""
+    """Add a keyed function: (context_BH, tokens_BN, key) -> int64 words_BN in [0, 2^32). ValueError: name taken."""
     if name in BUILT_IN or name in _registered:
         raise ValueError(f"there is already a PRF {name!r}")
     if not callable(function):

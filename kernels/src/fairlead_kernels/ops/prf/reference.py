@@ -30,8 +30,10 @@ def context_state(context_BH: torch.Tensor, key: int, function: str) -> Words:
     """Four words per row: the context absorbed in blocks of four, short blocks padded with FFFFFFFF - position."""
     rows, width = context_BH.shape
     key0, key1 = unsigned_key(key) & MASK, unsigned_key(key) >> 32
-    state = [torch.full((rows,), word, dtype=torch.int64, device=context_BH.device)
-             for word in (DOMAIN[function], width, 0, 0)]
+    state = [
+        torch.full((rows,), word, dtype=torch.int64, device=context_BH.device)
+        for word in (DOMAIN[function], width, 0, 0)
+    ]
     if width == 0:
         return philox4x32((state[0], state[1], state[2], state[3]), key0, key1)
     for offset in range(0, width, 4):

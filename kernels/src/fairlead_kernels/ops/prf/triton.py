@@ -3,6 +3,8 @@
 Words are uint32 throughout; the 64-bit key comes as two int64 halves that each hold a uint32 (a kernel argument of
 type uint64 would be specialised by value)."""
 
+# mypy: disable-error-code="import-untyped, import-not-found, no-untyped-def, untyped-decorator"
+
 from __future__ import annotations
 
 import torch
@@ -29,12 +31,12 @@ def philox4x32(c0, c1, c2, c3, key0, key1):
 
 
 @triton.jit
-def context_word(context_ptr, offset, column_stride, WIDTH: tl.constexpr, POSITION: tl.constexpr, I: tl.constexpr):
-    """Token at POSITION as a uint32 block of one, or the padding of lane I beyond the end."""
+def context_word(context_ptr, offset, column_stride, WIDTH: tl.constexpr, POSITION: tl.constexpr, LANE: tl.constexpr):
+    """Token at POSITION as a uint32 block of one, or the padding of LANE beyond the end."""
     if POSITION < WIDTH:
-        word = tl.load(context_ptr + offset + POSITION * column_stride + tl.zeros([1], tl.int64)).to(tl.uint32)
+        word = tl.load(context_ptr + offset + (tl.zeros([1], tl.int64) + POSITION) * column_stride).to(tl.uint32)
     else:
-        word = tl.full([1], 0xFFFFFFFF - I, tl.uint32)
+        word = tl.full([1], 0xFFFFFFFF - LANE, tl.uint32)
     return word
 
 
@@ -84,7 +86,7 @@ def token_words(tokens, s0, s1, s2, s3, key0, key1):
     return tl.where(lane < 2, tl.where(lane == 0, out0, out1), tl.where(lane == 2, out2, out3))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "key_low", "key_high"])
 def prf_kernel(
     context_ptr,
     context_row,

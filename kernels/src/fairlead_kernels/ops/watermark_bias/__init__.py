@@ -41,9 +41,9 @@ def watermark_bias(
 ) -> torch.Tensor:
     """Add delta to the green tokens of each row's context; delta = inf makes every red token -inf (a hard list).
 
-    logits_BV: float32, float16, bfloat16 (float64 by the reference), any strides; the sum is made in float32 and rounded
-    once. -inf stays -inf, NaN stays NaN. context_BH: integer ids, oldest first, -1 = missing; for selfhash a context
-    width of h counts the candidate, so H = h - 1. key: in [0, 2^64). gamma: share of green tokens, in (0, 1).
+    logits_BV: float32, float16, bfloat16 (float64 by the reference), any strides; the sum is made in float32 and
+    rounded once. -inf stays -inf, NaN stays NaN. context_BH: integer ids, oldest first, -1 = missing; selfhash with a
+    context width of h counts the candidate, so H = h - 1. key: in [0, 2^64). gamma: share of green tokens, in (0, 1).
     rows: bool [B], False = leave this row alone. out: written and returned; `out=logits_BV` works in place (other
     overlaps of the two do not). Differentiable without `out` (red tokens of a hard list have no gradient).
     ValueError / TypeError on anything else.

@@ -43,9 +43,7 @@ def selfhash_minimum(context_BH: torch.Tensor, tokens_BN: torch.Tensor, key: int
     return smallest_BN
 
 
-def green_mask(
-    context_BH: torch.Tensor, tokens_BN: torch.Tensor, key: int, gamma: float, scheme: str
-) -> torch.Tensor:
+def green_mask(context_BH: torch.Tensor, tokens_BN: torch.Tensor, key: int, gamma: float, scheme: str) -> torch.Tensor:
     """Which tokens are green after their row's context, bool [B, N]."""
     if scheme == "selfhash":
         a, b = empty_state(context_BH, key)

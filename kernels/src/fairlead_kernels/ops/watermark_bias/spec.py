@@ -95,10 +95,27 @@ def gradcheck(seed: int) -> Iterator[Sample]:
 
 def compile_cases(dtype: torch.dtype) -> Iterator[CompileCase]:
     pointer = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
-    numbers = ("logits_row", "logits_column", "context_row", "context_column", "key_low", "key_high", "limit",
-               "rows_stride", "out_row", "out_column", "vocabulary")
-    signature = {"logits_ptr": pointer, "out_ptr": pointer, "context_ptr": "*i64", "rows_ptr": "*u8", "delta": "fp32",
-                 **dict.fromkeys(numbers, "i64")}
+    numbers = (
+        "logits_row",
+        "logits_column",
+        "context_row",
+        "context_column",
+        "key_low",
+        "key_high",
+        "limit",
+        "rows_stride",
+        "out_row",
+        "out_column",
+        "vocabulary",
+    )
+    signature = {
+        "logits_ptr": pointer,
+        "out_ptr": pointer,
+        "context_ptr": "*i64",
+        "rows_ptr": "*u8",
+        "delta": "fp32",
+        **dict.fromkeys(numbers, "i64"),
+    }
     for scheme in range(3):
         for hard in (False, True):
             constexprs = {"SCHEME": scheme, "HARD": hard, "WIDTH": 3, "BLOCK": 1024}
@@ -125,5 +142,7 @@ SPECS = (
         compile_cases=compile_cases,
     ),
     _spec("watermark_bias_", f"(Tensor(a!) logits, {SETTINGS}) -> ()", fake_nothing),
-    _spec("watermark_bias_out", f"(Tensor logits, {SETTINGS}, Tensor(a!) out) -> ()", fake_nothing, samples=out_samples),
+    _spec(
+        "watermark_bias_out", f"(Tensor logits, {SETTINGS}, Tensor(a!) out) -> ()", fake_nothing, samples=out_samples
+    ),
 )

@@ -1,5 +1,7 @@
 """watermark_bias in Triton: one program per row and block of the vocabulary, nothing of length V besides the logits."""
 
+# mypy: disable-error-code="import-untyped, import-not-found, no-untyped-def, untyped-decorator"
+
 from __future__ import annotations
 
 import math
@@ -30,7 +32,7 @@ def smallest_state(context_ptr, offset, column_stride, key0, key1, WIDTH: tl.con
     smallest = mix32(best, a, b)
     at = tl.zeros([1], tl.int64)
     for i in tl.static_range(1, WIDTH):
-        token = tl.load(context_ptr + offset + i * column_stride + tl.zeros([1], tl.int64)).to(tl.uint32)
+        token = tl.load(context_ptr + offset + (tl.zeros([1], tl.int64) + i) * column_stride).to(tl.uint32)
         word = mix32(token, a, b)
         at = tl.where(word < smallest, i, at)
         smallest = tl.where(word < smallest, word, smallest)
@@ -44,13 +46,14 @@ def selfhash_minimum(tokens, context_ptr, offset, column_stride, key0, key1, a, 
     """selfhash: m(v), the smallest word over the empty context (a, b) and each context token alone."""
     smallest = mix32(tokens, a, b)
     for i in tl.static_range(WIDTH):
-        c, d, _, _ = context_state(context_ptr, offset + i * column_stride, column_stride, key0, key1, MIX32, 1)
+        at = offset + (tl.zeros([1], tl.int64) + i) * column_stride
+        c, d, _, _ = context_state(context_ptr, at, column_stride, key0, key1, MIX32, 1)
         word = mix32(tokens, c, d)
         smallest = tl.where(word < smallest, word, smallest)
     return smallest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key_low", "key_high", "limit", "rows_stride", "vocabulary"])
 def watermark_bias_kernel(
     logits_ptr,
     logits_row,
