@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
 
 from fairlead_kernels import library
 
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "0")  # as Triton 3.10 will have it
 torch.set_num_threads(1)
 settings.register_profile("kernels", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("kernels")

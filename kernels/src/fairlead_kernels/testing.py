@@ -106,7 +106,7 @@ def tolerance(
 ) -> tuple[float, float]:
     """(rtol, atol) of an operation at a dtype. Triton's interpreter truncates to bfloat16, hardware rounds: 2^-6.
     An operation on integers alone has the tolerance of its result's dtype, or else the one given for float32."""
-    key = dtype
+    key: torch.dtype | None = dtype
     if not spec.dtypes:
         key = result if result in spec.tolerances else torch.float32
     rtol, atol = (0.0, 0.0) if spec.exact else spec.tolerances.get(key, (0.0, 0.0))
