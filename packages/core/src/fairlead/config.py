@@ -24,7 +24,13 @@ class MethodConfig(BaseModel):
         for every field at once: its name, the value it got, what is allowed.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        arbitrary_types_allowed=True,
+        ser_json_inf_nan="strings",
+    )
 
     def __init__(self, **settings: Any) -> None:
         try:

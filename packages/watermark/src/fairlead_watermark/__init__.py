@@ -1,3 +1,35 @@
-"""fairlead_watermark: mark, detect, audit, repair."""
+"""fairlead_watermark: mark what a language model says, detect it with exact p-values, audit and repair its alignment.
+
+Attributes are imported on first use: `import fairlead_watermark` costs milliseconds beyond torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+_LAZY = {
+    "KGW": "kgw",
+    "Gumbel": "gumbel",
+    "ModifiedGumbel": "modified_gumbel",
+    "AlignmentResampling": "alignment_resampling",
+    "Audit": "audit",
+    "Mark": "mark",
+    "MarkConfig": "mark",
+}
+_MODULES = ("bounds", "contexts", "detection")
+__all__ = ["__version__", *_LAZY, *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

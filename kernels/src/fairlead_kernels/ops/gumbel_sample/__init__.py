@@ -19,13 +19,15 @@ import math
 import torch
 
 from ... import library
+from ..prf import prf
 from ..prf.keys import signed_key
+from .reference import uniforms
 from .spec import SPECS
 
 library.define(SPECS)
 _gumbel_sample = torch.ops.fairlead.gumbel_sample.default
 
-__all__ = ["gumbel_sample"]
+__all__ = ["gumbel_sample", "gumbel_uniform"]
 
 
 def gumbel_sample(
@@ -85,6 +87,15 @@ def gumbel_sample(
         if int(worst) < -1:
             raise ValueError(f"logits_BV: row {int(at)} has NaN, +inf or nothing above -inf, so no token can be drawn")
     return (ids_B, logprob_B) if return_logprob else ids_B
+
+
+def gumbel_uniform(context_BH: torch.Tensor, vocab_size: int, *, key: int) -> torch.Tensor:
+    """The keyed uniforms u_v of the whole vocabulary after each context, float32 [B, V] in (0, 1): the numbers behind
+    `gumbel_sample`'s noise, for schemes that need more of them than the winner."""
+    if vocab_size < 1:
+        raise ValueError(f"vocab_size: 1 or more is needed, not {vocab_size}")
+    tokens_BV = torch.arange(vocab_size, device=context_BH.device).expand(context_BH.shape[0], vocab_size)
+    return uniforms(prf(context_BH, tokens_BV, key=key, function="philox"))
 
 
 def _check(logits_BV: torch.Tensor, rows: torch.Tensor | None) -> int:
