@@ -7,6 +7,7 @@ call fails with the reason where that one cannot serve. A slower path taken sile
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import logging
 import os
@@ -22,7 +23,7 @@ from .opspec import REFERENCE, TRITON, C, Implementation, OpSpec
 
 log = logging.getLogger("fairlead_kernels")
 _registered: dict[str, dict[str, Implementation]] = {}
-_forced: list[str] = []
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("fairlead_kernels_backend", default=None)
 _said: set[tuple[str, str, str]] = set()
 
 
@@ -52,17 +53,17 @@ def implementations(spec: OpSpec) -> dict[str, Implementation]:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force a backend inside the block, as FAIRLEAD_KERNELS does for the process."""
-    _forced.append(name)
+    """Force a backend inside the block (and this thread), as FAIRLEAD_KERNELS does for the process."""
+    token = _forced.set(name)
     try:
         yield
     finally:
-        _forced.pop()
+        _forced.reset(token)
 
 
 def forced() -> str | None:
     """The backend that must serve, None when the best may."""
-    return _forced[-1] if _forced else os.environ.get("FAIRLEAD_KERNELS") or None
+    return _forced.get() or os.environ.get("FAIRLEAD_KERNELS") or None
 
 
 def interpreting() -> bool:

@@ -76,7 +76,7 @@ FL_INLINE void hashed_row(int32_t dtype, const void *from, void *to, uint32_t a,
         if ((start & 0xFFFFu) == 0) {
             c = a ^ a >> 16 ^ start >> 16;
             FL_SIMD
-            for (int64_t i = 0; i < BLOCK; ++i) table[i] = ((uint32_t)i ^ (c & (BLOCK - 1))) * 0x7FEB352Du;
+            for (int i = 0; i < BLOCK; ++i) table[i] = ((uint32_t)i ^ (c & (BLOCK - 1))) * 0x7FEB352Du;
         }
         const uint32_t base = ((start ^ c) & ~(uint32_t)(BLOCK - 1)) * 0x7FEB352Du;
         any_block(dtype, from, to, first, table, base, b, least(BLOCK, vocabulary - first), limit, delta, 0);
@@ -84,25 +84,27 @@ FL_INLINE void hashed_row(int32_t dtype, const void *from, void *to, uint32_t a,
 }
 
 /* Words of count tokens from start on under (a, b); the span lies within 2^16 tokens that share start >> 16. */
-FL_INLINE void words_of(uint32_t *word, uint32_t start, int64_t count, uint32_t a, uint32_t b) {
+FL_INLINE void words_of(uint32_t *word, uint32_t start, int count, uint32_t a, uint32_t b) {
     const uint32_t c = a ^ a >> 16 ^ start >> 16;
     FL_SIMD
-    for (int64_t i = 0; i < count; ++i) word[i] = finish(((start + (uint32_t)i) ^ c) * 0x7FEB352Du, b, 1);
+    for (int i = 0; i < count; ++i) word[i] = finish(((start + (uint32_t)i) ^ c) * 0x7FEB352Du, b, 1);
 }
 
-/* Final words of a self-hash after three context tokens (a context width of four), in registers throughout. */
-FL_INLINE void three_tokens(uint32_t *word, const uint32_t *shared, uint32_t start, int64_t count, uint32_t kept[][2],
-                            uint32_t a, uint32_t b) {
+/* Final words (or their upper halves) of a self-hash after three context tokens (a context width of four), in registers throughout. */
+FL_INLINE void three_tokens(uint32_t *word, const uint32_t *shared, uint32_t start, int count, uint32_t kept[][2],
+                            uint32_t a, uint32_t b, const int exact) {
     const uint32_t high = start >> 16, b0 = kept[0][1], b1 = kept[1][1], b2 = kept[2][1];
     const uint32_t c0 = kept[0][0] ^ kept[0][0] >> 16 ^ high, c1 = kept[1][0] ^ kept[1][0] >> 16 ^ high;
     const uint32_t c2 = kept[2][0] ^ kept[2][0] >> 16 ^ high;
     FL_SIMD
-    for (int64_t i = 0; i < count; ++i) {
+    for (int i = 0; i < count; ++i) { /* a 32-bit index: it is also a value */
         const uint32_t token = start + (uint32_t)i;
         const uint32_t w0 = finish((token ^ c0) * 0x7FEB352Du, b0, 1), w1 = finish((token ^ c1) * 0x7FEB352Du, b1, 1);
         const uint32_t w2 = finish((token ^ c2) * 0x7FEB352Du, b2, 1), w3 = shared[i];
         const uint32_t x = w0 < w1 ? w0 : w1, y = w2 < w3 ? w2 : w3;
-        word[i] = fl_mix32(x < y ? x : y, a, b);
+        uint32_t h = (x < y ? x : y) ^ a;
+        h ^= h >> 16;
+        word[i] = finish(h * 0x7FEB352Du, b, exact);
     }
 }
 
@@ -140,20 +142,22 @@ FL_CLONES FL_EXPORT void fl_watermark_bias(int64_t begin, int64_t end, const voi
     /* self-hash: the words under the empty context are the same in every row, so rows share them span by span. */
     for (int64_t from = 0; from < vocabulary; from += SPAN) {
         const int64_t stop = least(from + SPAN, vocabulary);
-        words_of(shared, (uint32_t)from, stop - from, empty[0], empty[1]);
+        words_of(shared, (uint32_t)from, (int)(stop - from), empty[0], empty[1]);
         for (int64_t row = begin; row < end; ++row) {
             if (rows != NULL && !rows[row * rows_stride]) continue;
             const char *in = (const char *)logits + row * logits_row * size;
             char *to = (char *)out + row * out_row * size;
             const int64_t *tokens = context + row * context_row;
             for (int64_t first = from; first < stop; first += BLOCK) {
-                const int64_t count = least(BLOCK, stop - first);
+                const int count = (int)least(BLOCK, stop - first);
                 if (width == 3) {
                     for (int64_t j = 0; j < 3 && first == from; ++j) {
                         fl_context_state(state, FL_DOMAIN_MIX32, key, tokens + j * context_column, 1, 1);
                         memcpy(kept[j], state, 8);
                     }
-                    three_tokens(table, shared + (first - from), (uint32_t)first, count, kept, empty[0], empty[1]);
+                    const uint32_t *known = shared + (first - from), at = (uint32_t)first;
+                    if (limit & 0xFFFFu) three_tokens(table, known, at, count, kept, empty[0], empty[1], 1);
+                    else three_tokens(table, known, at, count, kept, empty[0], empty[1], 0);
                     any_block(dtype, in, to, first, table, 0, 0, count, limit, delta, 1);
                     continue;
                 }
@@ -166,13 +170,13 @@ FL_CLONES FL_EXPORT void fl_watermark_bias(int64_t begin, int64_t end, const voi
                     const uint32_t start = (uint32_t)first, b = state[1];
                     const uint32_t c = state[0] ^ state[0] >> 16 ^ start >> 16;
                     FL_SIMD
-                    for (int64_t i = 0; i < count; ++i) {
+                    for (int i = 0; i < count; ++i) {
                         uint32_t word = finish(((start + (uint32_t)i) ^ c) * 0x7FEB352Du, b, 1);
                         table[i] = word < table[i] ? word : table[i];
                     }
                 }
                 FL_SIMD
-                for (int64_t i = 0; i < count; ++i) table[i] = fl_mix32(table[i], empty[0], empty[1]);
+                for (int i = 0; i < count; ++i) table[i] = fl_mix32(table[i], empty[0], empty[1]);
                 any_block(dtype, in, to, first, table, 0, 0, count, limit, delta, 1);
             }
         }
