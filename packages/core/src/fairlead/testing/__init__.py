@@ -1,0 +1,21 @@
+"""Contract tests that a method author runs against her own method with one line, as we run them against ours.
+
+    from fairlead.testing import watermark_contract
+    TestMine = watermark_contract(lambda vocab_size, key: Mine(vocab_size=vocab_size, key=key))
+
+Each function returns a class of tests for pytest to collect; `registered_contract(kind, name)` checks the registration.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_LAZY = ("watermark_contract", "reward_contract", "guard_contract", "recipe_contract", "registered_contract", "tiny_model")
+__all__ = list(_LAZY)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("fairlead.testing.contracts"), name)

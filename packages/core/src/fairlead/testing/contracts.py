@@ -1,0 +1,272 @@
+"""The contracts of the kinds as test classes, built around a factory of the method under test."""
+
+from __future__ import annotations
+
+import functools
+import json
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from .. import registry, taxonomy
+from ..errors import FairleadError
+from ..kinds import Detection, WatermarkProfile
+
+SECRET = 0x5EC2E7C0FFEE1234
+VOCABULARY = 64
+
+
+@functools.cache
+def tiny_model(vocab_size: int = VOCABULARY, seed: int = 0) -> Any:
+    """A random two-layer LlamaForCausalLM with a sharp next-token law, for generation in milliseconds."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+        initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def _random_ids(rows: int, tokens: int, seed: int = 0, vocab_size: int = VOCABULARY) -> torch.Tensor:
+    return torch.randint(0, vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def watermark_contract(make: Callable[..., Any]) -> type:
+    """Tests of kind Watermark around `make(vocab_size=..., key=...)`."""
+
+    @pytest.mark.fairlead_contract
+    class WatermarkContract:
+        def mark(self, vocab_size: int = VOCABULARY, key: int = SECRET) -> Any:
+            return make(vocab_size=vocab_size, key=key)
+
+        def test_detection_has_the_promised_shapes_and_ranges(self) -> None:
+            found = self.mark().detect(_random_ids(3, 40))
+            assert isinstance(found, Detection)
+            for name in ("statistic", "p_value", "tokens_scored"):
+                assert getattr(found, name).shape == (3,), name
+            assert found.tokens_scored.dtype == torch.int64
+            assert found.p_value.dtype == torch.float64
+            assert bool(((found.p_value >= 0) & (found.p_value <= 1)).all())
+
+        def test_a_batch_is_detected_as_its_rows_alone(self) -> None:
+            ids = _random_ids(4, 30)
+            whole = self.mark().detect(ids)
+            for row in range(4):
+                alone = self.mark().detect(ids[row])
+                torch.testing.assert_close(alone.p_value[0], whole.p_value[row], rtol=0, atol=0)
+                assert alone.tokens_scored[0] == whole.tokens_scored[row]
+
+        def test_padding_on_either_side_changes_nothing(self) -> None:
+            ids = _random_ids(2, 25)
+            plain = self.mark().detect(ids)
+            pad, zero = torch.zeros(2, 7, dtype=torch.int64), torch.zeros(2, 7, dtype=torch.int64)
+            one = torch.ones(2, 25, dtype=torch.int64)
+            left = self.mark().detect(torch.cat([pad, ids], 1), torch.cat([zero, one], 1))
+            right = self.mark().detect(torch.cat([ids, pad], 1), torch.cat([one, zero], 1))
+            assert torch.equal(left.p_value, plain.p_value)
+            assert torch.equal(right.p_value, plain.p_value)
+
+        def test_nothing_to_score_gives_p_of_one(self) -> None:
+            for ids in (torch.zeros(2, 0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)):
+                found = self.mark().detect(ids)
+                assert bool((found.p_value == 1).all())
+                assert bool((found.tokens_scored == 0).all())
+            masked = self.mark().detect(_random_ids(2, 9), torch.zeros(2, 9, dtype=torch.int64))
+            assert masked.p_value.tolist() == [1, 1]
+            assert masked.tokens_scored.tolist() == [0, 0]
+
+        def test_each_pair_is_scored_once(self) -> None:
+            ids = _random_ids(1, 20)
+            once, thrice = self.mark().detect(ids), self.mark().detect(ids.repeat(1, 3))
+            assert int(thrice.tokens_scored) <= int(once.tokens_scored) + 2 * 20 // 4
+
+        def test_ids_outside_the_vocabulary_are_refused(self) -> None:
+            for bad in (VOCABULARY, -1):
+                with pytest.raises(FairleadError):
+                    self.mark().detect(torch.tensor([[1, 2, bad, 4, 5, 6]]))
+
+        def test_logits_of_another_width_are_refused(self) -> None:
+            with pytest.raises(FairleadError):
+                self.mark().processor()(_random_ids(1, 9), torch.zeros(1, VOCABULARY + 1))
+
+        def test_the_processor_holds_no_state(self) -> None:
+            processor = self.mark().processor()
+            ids, logits = _random_ids(3, 12), torch.randn(3, VOCABULARY, generator=torch.Generator().manual_seed(1))
+            first = processor(ids, logits.clone())
+            processor(_random_ids(5, 30, seed=2), torch.zeros(5, VOCABULARY))
+            again = processor(ids, logits.clone())
+            assert torch.equal(first, again)
+            order = torch.tensor([2, 0, 1])
+            assert torch.equal(processor(ids[order], logits[order]), first[order])
+
+        def test_the_sampler_does_not_depend_on_batch_mates(self) -> None:
+            sampler = self.mark().sampler()
+            ids, logits = _random_ids(4, 12), torch.randn(4, VOCABULARY, generator=torch.Generator().manual_seed(1))
+            seeds, positions = torch.arange(4), torch.full((4,), 3)
+            whole = sampler(logits, ids, seeds_B=seeds, positions_B=positions)
+            assert whole.shape == (4,)
+            for row in range(4):
+                pick = slice(row, row + 1)
+                alone = sampler(logits[pick], ids[pick], seeds_B=seeds[pick], positions_B=positions[pick])
+                assert int(alone) == int(whole[row])
+
+        def test_the_key_is_nowhere_to_be_seen(self) -> None:
+            mark = self.mark()
+            forms = {str(SECRET), hex(SECRET)[2:], str(SECRET - (1 << 64))}
+            shown = [repr(mark), str(mark), repr(vars(mark)), repr(mark.config), json.dumps(mark.profile().settings)]
+            shown.append(repr(mark.processor()))
+            try:
+                shown.append(repr(pickle.dumps(mark)))
+            except (TypeError, AttributeError, pickle.PicklingError):
+                pass
+            for text in shown:
+                assert not any(form in text for form in forms)
+
+        def test_the_profile_tells_another_setting(self) -> None:
+            mine, same, other = self.mark().profile(), self.mark().profile(), self.mark(key=SECRET + 1).profile()
+            assert isinstance(mine, WatermarkProfile)
+            mine.check(same)
+            with pytest.raises(FairleadError):
+                mine.check(other)
+            with pytest.raises(FairleadError):
+                mine.check(self.mark(vocab_size=VOCABULARY + 2).profile())
+
+        def test_generated_text_carries_the_mark(self) -> None:
+            model, mark = tiny_model(), self.mark()
+            prompt = _random_ids(8, 6)
+            torch.manual_seed(0)
+            out = model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=120, do_sample=True, top_k=0,
+                logits_processor=[mark.processor()],
+            )  # fmt: skip
+            assert float(mark.detect(out[:, 6:]).p_value.median()) < 1e-2
+            assert float(self.mark(key=99).detect(out[:, 6:]).p_value.median()) > 1e-2
+
+        def test_the_engine_marks_as_well(self) -> None:
+            from ..generation import generate
+
+            mark = self.mark()
+            made = generate(tiny_model(), None, list(_random_ids(8, 6)), watermark=mark, max_new_tokens=120)
+            ids = torch.stack([group[0].ids for group in made])
+            assert float(mark.detect(ids).p_value.median()) < 1e-2
+
+    return WatermarkContract
+
+
+def reward_contract(
+    make: Callable[[], Any],
+    prompts: Sequence[str] = ("how are you", "what is this"),
+    responses: Sequence[str] = ("fine thanks", "no idea"),
+) -> type:
+    """Tests of kind Reward around `make()`."""
+
+    @pytest.mark.fairlead_contract
+    class RewardContract:
+        def test_one_float_per_pair_in_order(self) -> None:
+            reward = make()
+            scores = reward(list(prompts), list(responses))
+            assert scores.shape == (len(prompts),)
+            assert scores.dtype == torch.float32
+            assert scores.device.type == "cpu"
+            assert not bool(scores.isnan().any())
+            turned = reward(list(prompts)[::-1], list(responses)[::-1])
+            torch.testing.assert_close(turned.flip(0), scores)
+
+        def test_equal_pairs_get_equal_rewards(self) -> None:
+            reward = make()
+            scores = reward([prompts[0]] * 3, [responses[0]] * 3)
+            assert scores.min() == scores.max()
+
+        def test_no_pairs_give_no_rewards(self) -> None:
+            assert make()([], []).shape == (0,)
+
+        def test_lengths_that_differ_are_refused(self) -> None:
+            with pytest.raises(FairleadError):
+                make()(list(prompts), [responses[0]] * (len(prompts) + 1))
+
+        def test_further_columns_are_ignored(self) -> None:
+            scores = make()(list(prompts), list(responses), unknown_column=list(range(len(prompts))))
+            assert scores.shape == (len(prompts),)
+
+        def test_the_bounds_hold(self) -> None:
+            reward = make()
+            if reward.bounds is not None:
+                low, high = reward.bounds
+                scores = reward(list(prompts), list(responses))
+                assert bool(((scores >= low - 1e-6) & (scores <= high + 1e-6)).all())
+
+    return RewardContract
+
+
+def guard_contract(
+    make: Callable[[], Any], prompts: Sequence[str] = ("how are you",), responses: Sequence[str] = ("fine thanks",)
+) -> type:
+    """Tests of kind Guard around `make()`."""
+
+    @pytest.mark.fairlead_contract
+    class GuardContract:
+        def test_one_verdict_per_pair_and_none_that_contradicts_itself(self) -> None:
+            verdicts = make()(list(prompts), list(responses))
+            assert len(verdicts) == len(prompts)
+            for verdict in verdicts:
+                assert verdict.label
+                assert not (verdict.refusal and verdict.unsafe)
+                assert verdict.helpful is None or 0 <= verdict.helpful <= 1
+
+        def test_verdicts_are_deterministic(self) -> None:
+            assert make()(list(prompts), list(responses)) == make()(list(prompts), list(responses))
+
+        def test_lengths_that_differ_are_refused(self) -> None:
+            with pytest.raises(FairleadError):
+                make()(list(prompts), [])
+
+    return GuardContract
+
+
+def recipe_contract(name: str) -> type:
+    """Tests of a registered recipe that run none of it: it builds from its defaults and explains its settings."""
+
+    @pytest.mark.fairlead_contract
+    class RecipeContract:
+        def test_it_builds_from_its_defaults(self) -> None:
+            recipe = registry.create("recipe", name)
+            json.dumps(recipe.config.public_dict())
+
+        def test_every_setting_is_explained(self) -> None:
+            config = registry.get("recipe", name).config
+            assert [n for n, field in config.model_fields.items() if not field.description] == []
+
+    return RecipeContract
+
+
+def registered_contract(kind: str, name: str) -> type:
+    """Tests of a method's registration: summary, tags, a config that says what each setting is, an importable factory."""
+
+    @pytest.mark.fairlead_contract
+    class RegisteredContract:
+        def test_it_says_what_it_does_in_one_line(self) -> None:
+            summary = registry.get(kind, name).summary
+            assert 10 <= len(summary) <= 120
+            assert "\n" not in summary
+
+        def test_its_tags_cover_the_facets(self) -> None:
+            covered = taxonomy.facets(registry.get(kind, name).tags)
+            assert {"stage", "access"} <= covered
+            assert covered & {"goal", "side", "paradigm"}
+
+        def test_its_factory_loads_and_is_documented(self) -> None:
+            factory = registry.get(kind, name).load()
+            assert (factory.__doc__ or "").strip()
+
+        def test_its_settings_are_a_frozen_model(self) -> None:
+            config = registry.get(kind, name).config
+            assert config is not None
+            assert config.model_config.get("frozen")
+
+    return RegisteredContract
