@@ -96,9 +96,9 @@ def gumbel_sample(
     state_B6 = torch.stack([*state, keys_B & 0xFFFFFFFF, (keys_B >> 32) & 0xFFFFFFFF], 1).contiguous()
     inverse_B = torch.full((batch,), 1.0 / temperature, device=device)
     if temperature_B is not None:
-        inverse_B = temperature_B.float().reciprocal()
+        inverse_B = temperature_B.float().reciprocal().contiguous()
     if top_k or top_p < 1.0 or min_p > 0.0:
-        least_B = cutoff(logits_BV.float() * inverse_B[:, None], top_k, top_p, min_p).float()
+        least_B = cutoff(logits_BV.float() * inverse_B[:, None], top_k, top_p, min_p).contiguous()
     else:
         least_B = torch.full((batch,), -math.inf, device=device)
     blocks = triton.cdiv(vocabulary, BLOCK)
