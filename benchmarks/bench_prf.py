@@ -1,4 +1,4 @@
-"""prf, words of given tokens: the backend in use against the reference in torch, and against reading and writing them."""
+"""prf, words of given tokens: the backend in use against the reference in torch, and against copying the tokens."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -135,7 +136,7 @@ def test_a_known_context_continues_the_text(backend: str) -> None:
         ({"key": -5}, ValueError, "key"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(change: dict, error: type[Exception], message: str) -> None:
+def test_bad_input_is_refused_in_one_line(change: dict[str, Any], error: type[Exception], message: str) -> None:
     call = {"ids_BT": torch.zeros(2, 5, dtype=torch.int64), "key": 1, **change}
     with pytest.raises(error, match=message) as raised:
         green_count(**call)

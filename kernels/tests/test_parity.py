@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairlead_kernels import dispatch, native
-from fairlead_kernels.opspec import OpSpec, Sample
+from fairlead_kernels.opspec import Implementation, OpSpec, Sample
 from fairlead_kernels.testing import check_parity, check_sample, far_apart, mutated, poisoned, relaid
 
 Case = tuple[OpSpec, torch.dtype]
@@ -106,7 +106,7 @@ def test_a_wrong_kernel_is_caught() -> None:
     from fairlead_kernels.library import load_all
 
     spec = load_all()["prf"]
-    wrong = dispatch.Implementation(f"{__name__}:off_by_one", ("cpu",), 1)
+    wrong = Implementation(f"{__name__}:off_by_one", ("cpu",), 1)
     dispatch._registered.setdefault("prf", {})["wrong"] = wrong
     try:
         with pytest.raises(AssertionError, match="prf by wrong"):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import stats  # type: ignore[import-untyped]
 
 from fairlead_kernels import native, prf, use_backend
 from fairlead_kernels.ops.prf.keys import signed_key, unsigned_key
@@ -117,7 +118,7 @@ def test_bits_look_uniform_and_independent(function: str) -> None:
         ({"tokens": torch.zeros(2, 3, dtype=torch.int64)}, ValueError, "context_BH has 1 rows, tokens_BN has 2"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(change: dict, error: type[Exception], message: str) -> None:
+def test_bad_input_is_refused_in_one_line(change: dict[str, Any], error: type[Exception], message: str) -> None:
     call = {"tokens": rows(1, 2), "key": 3, "function": "mix32", **change}
     with pytest.raises(error, match=message) as raised:
         prf(rows(1), call.pop("tokens"), **call)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from fairlead_kernels import dispatch, library, native, prf, watermark_bias
+from fairlead_kernels import dispatch, library, native, prf, use_backend, watermark_bias
 from fairlead_kernels.opspec import OpSpec
-from fairlead_kernels.testing import copied, operator, results, use_backend
+from fairlead_kernels.testing import copied, operator, results
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -30,8 +30,10 @@ def test_opcheck_passes_all_four_checks(spec: OpSpec) -> None:
             isinstance(x, torch.Tensor) and x.isnan().any() for x in results(spec, args, sample.kwargs, "reference")
         ):
             found = torch.library.opcheck(operator(spec), args, sample.kwargs, test_utils=CHECKS[:3])
-            traced = torch.compile(operator(spec), backend="aot_eager", dynamic=True)(*args, **sample.kwargs)
-            torch.testing.assert_close(traced, operator(spec)(*args, **sample.kwargs), equal_nan=True)
+            traced: Any = torch.compile(operator(spec), backend="aot_eager", dynamic=True)
+            torch.testing.assert_close(
+                traced(*args, **sample.kwargs), operator(spec)(*args, **sample.kwargs), equal_nan=True
+            )
         else:
             found = torch.library.opcheck(operator(spec), args, sample.kwargs, test_utils=CHECKS)
         assert set(found.values()) == {"SUCCESS"}, sample.label
@@ -90,7 +92,9 @@ def test_torch_compile_makes_one_graph() -> None:
     def step(logits: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         biased = watermark_bias(logits * 2, context, key=5, scheme="minhash")
         watermark_bias(biased, context, key=6, out=biased)
-        return biased.softmax(-1) + prf(context, context, key=7).sum()
+        words: torch.Tensor = prf(context, context, key=7)
+        mixed: torch.Tensor = biased.softmax(-1) + words.sum()
+        return mixed
 
     logits, context = torch.randn(2, 300), torch.randint(0, 300, (2, 3))
     compiled = torch.compile(step, fullgraph=True)

@@ -1,5 +1,7 @@
 """Triton kernels compiled for sm_80 and sm_90 without a GPU: type errors that the interpreter forgives stop here."""
 
+# mypy: disable-error-code="import-untyped, import-not-found, no-untyped-def, untyped-decorator"
+
 from __future__ import annotations
 
 import importlib

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def is_green(context: list[int], token: int, key: int, gamma: float, scheme: str
 def greens(context: list[int], vocabulary: int, **settings: object) -> list[int]:
     row = torch.tensor([context], dtype=torch.int64).reshape(1, len(context))
     biased = watermark_bias(torch.zeros(1, vocabulary), row, delta=1.0, **settings)
-    return biased[0].nonzero()[:, 0].tolist()
+    return [int(token) for token in biased[0].nonzero()[:, 0]]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -143,7 +144,7 @@ def test_red_tokens_of_a_hard_list_get_no_gradient() -> None:
     biased.masked_fill(red, 0.0).sum().backward()
     biased = watermark_bias(logits, torch.tensor([[1], [2]]), key=1, delta=math.inf, gamma=0.5)
     (grad,) = torch.autograd.grad(biased.exp().sum(), logits)
-    assert torch.equal(logits.grad, (~red).float()) and torch.equal(grad != 0, ~red)
+    assert logits.grad is not None and torch.equal(logits.grad, (~red).float()) and torch.equal(grad != 0, ~red)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,7 @@ def test_red_tokens_of_a_hard_list_get_no_gradient() -> None:
         ({"out": torch.zeros(2, 6)}, ValueError, "out: torch.float32"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(change: dict, error: type[Exception], message: str) -> None:
+def test_bad_input_is_refused_in_one_line(change: dict[str, Any], error: type[Exception], message: str) -> None:
     call = {"logits_BV": torch.zeros(2, 5), "context_BH": torch.zeros(2, 1, dtype=torch.int64), "key": 1, **change}
     with pytest.raises(error, match=message) as raised:
         watermark_bias(**call)

@@ -92,7 +92,7 @@ FL_CLONES FL_EXPORT void fl_green_count(int64_t begin, int64_t end, const int64_
             total += valid;
             greens += valid & green;
         }
-        memset(mark + stop, -1, (size_t)(tokens - stop));
+        if (stop < tokens) memset(mark + stop, -1, (size_t)(tokens - stop));
         count[row] = greens;
         scored[row] = total;
     }
