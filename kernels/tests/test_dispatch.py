@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -118,3 +121,21 @@ def test_every_public_name_is_found_on_the_package() -> None:
         assert callable(getattr(fairlead_kernels, name))
     with pytest.raises(AttributeError, match=r"no attribute 'pfr'; operations: .*prf"):
         _ = fairlead_kernels.pfr
+
+
+@needs_c
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_uses_threads_of_its_own() -> None:
+    code = """
+import os, torch
+from fairlead_kernels import native, prf
+context, tokens = torch.zeros(64, 4, dtype=torch.int64), torch.zeros(64, 4096, dtype=torch.int64)
+call = lambda: prf(context, tokens, key=1).numpy().tobytes()  # torch's own threads do not survive a fork
+torch.set_num_threads(2)
+right = call()
+child = os.fork()
+if child == 0:
+    os._exit(0 if call() == right else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

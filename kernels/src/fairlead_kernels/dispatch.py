@@ -22,6 +22,7 @@ from . import native
 from .opspec import REFERENCE, TRITON, C, Implementation, OpSpec
 
 log = logging.getLogger("fairlead_kernels")
+_CPU = torch.device("cpu")
 _registered: dict[str, dict[str, Implementation]] = {}
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("fairlead_kernels_backend", default=None)
 _said: set[tuple[str, str, str]] = set()
@@ -151,12 +152,12 @@ def caller(spec: OpSpec) -> Callable[..., Any]:
     """What torch.library runs for the operation: choose a backend by the first tensor's device, call it."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        device = "cpu"
-        for value in args:
-            if isinstance(value, torch.Tensor):
-                device = value.device.type
-                break
-        return choose(spec, device, args, kwargs)(*args, **kwargs)
+        device = next((value.device for value in args if isinstance(value, torch.Tensor)), _CPU)
+        function = choose(spec, device.type, args, kwargs)
+        if device.type == "cuda":  # Triton launches on the current device, which need not be the tensor's
+            with torch.cuda.device(device):
+                return function(*args, **kwargs)
+        return function(*args, **kwargs)
 
     call.__name__ = spec.name
     return call
