@@ -106,9 +106,9 @@ def tolerance(
 ) -> tuple[float, float]:
     """(rtol, atol) of an operation at a dtype. Triton's interpreter truncates to bfloat16, hardware rounds: 2^-6.
     An operation on integers alone has the tolerance of its result's dtype, or else the one given for float32."""
-    key: torch.dtype | None = dtype
+    key = dtype
     if not spec.dtypes:
-        key = result if result in spec.tolerances else torch.float32
+        key = result if result is not None and result in spec.tolerances else torch.float32
     rtol, atol = (0.0, 0.0) if spec.exact else spec.tolerances.get(key, (0.0, 0.0))
     return (max(rtol, 2.0**-6), max(atol, 2.0**-9)) if interpreted and dtype == torch.bfloat16 else (rtol, atol)
 
