@@ -112,7 +112,7 @@ def test_a_registered_prf_is_called_by_name(monkeypatch: pytest.MonkeyPatch) -> 
     assert prf(CONTEXT, TOKENS, key=3, function="sum").tolist() == [[20, 21, 25, 32019]]
     with pytest.raises(ValueError, match="already a PRF 'sum'"):
         register_prf("sum", lambda context_BH, tokens_BN, key: tokens_BN)
-    with pytest.raises(ValueError, match="no PRF 'aes'; there are mix32, philox, sum"):
+    with pytest.raises(ValueError, match="function: one of mix32, philox, sum is needed, not 'aes'"):
         prf(CONTEXT, TOKENS, key=3, function="aes")
 
 

@@ -112,9 +112,13 @@ def test_bits_look_uniform_and_independent(function: str) -> None:
         ({"key": -1}, ValueError, r"key: an integer in \[0, 2\^64\) is needed"),
         ({"key": 2**64}, ValueError, "lies outside"),
         ({"key": "7"}, TypeError, "not str"),
-        ({"function": "md5"}, ValueError, "no PRF 'md5'; there are mix32, philox"),
-        ({"tokens": torch.zeros(1, 3)}, TypeError, "tokens_BN: integer ids are needed, not torch.float32"),
-        ({"tokens": torch.zeros(3, dtype=torch.int64)}, TypeError, "tokens_BN: a tensor of shape"),
+        ({"function": "md5"}, ValueError, "function: one of mix32, philox is needed, not 'md5'"),
+        (
+            {"tokens": torch.zeros(1, 3)},
+            TypeError,
+            r"tokens_BN: integer ids of shape \[batch, tokens\] are needed, not float32 \[1, 3\]",
+        ),
+        ({"tokens": torch.zeros(3, dtype=torch.int64)}, TypeError, "tokens_BN: integer ids"),
         ({"tokens": torch.zeros(2, 3, dtype=torch.int64)}, ValueError, "context_BH has 1 rows, tokens_BN has 2"),
     ],
 )

@@ -154,14 +154,15 @@ def test_red_tokens_of_a_hard_list_get_no_gradient() -> None:
         ({"gamma": math.nan}, ValueError, "gamma"),
         ({"delta": -1.0}, ValueError, "delta: 0 or more"),
         ({"delta": math.nan}, ValueError, "delta"),
+        ({"delta": 1e300}, ValueError, "delta"),
         ({"scheme": "left"}, ValueError, "scheme: one of lefthash, minhash, selfhash is needed, not 'left'"),
         ({"context_BH": torch.zeros(3, 1, dtype=torch.int64)}, ValueError, "context_BH has 3 rows, logits_BV has 2"),
         ({"context_BH": torch.zeros(2, 1)}, TypeError, "integer ids"),
         ({"context_BH": torch.zeros(2, 0, dtype=torch.int64), "scheme": "minhash"}, ValueError, "at least one"),
         ({"logits_BV": torch.zeros(5)}, TypeError, "logits_BV"),
         ({"logits_BV": torch.zeros(2, 5, dtype=torch.int64)}, TypeError, "logits_BV"),
-        ({"rows": torch.ones(3, dtype=torch.bool)}, ValueError, r"rows: bool \[2\] is needed"),
-        ({"out": torch.zeros(2, 6)}, ValueError, "out: torch.float32"),
+        ({"rows": torch.ones(3, dtype=torch.bool)}, ValueError, r"rows: bool \[2\] on cpu is needed, not bool \[3\]"),
+        ({"out": torch.zeros(2, 6)}, ValueError, r"out: float32 \[2, 5\] is needed, not float32 \[2, 6\]"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(change: dict[str, Any], error: type[Exception], message: str) -> None:

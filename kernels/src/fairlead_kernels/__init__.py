@@ -11,7 +11,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_MODULES = ("dispatch", "library", "native", "ops", "opspec")
+_MODULES = ("checks", "dispatch", "library", "native", "ops", "opspec")
 _ELSEWHERE = {
     "register_implementation": "dispatch",
     "explain": "dispatch",

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import torch
 
-from ... import library
+from ... import checks, library
 from ..prf.keys import signed_key
 from .spec import SPECS
 
 library.define(SPECS)
 _green_count = torch.ops.fairlead.green_count.default
 SCHEMES = ("lefthash", "minhash", "selfhash")
+WIDEST = 4096
 DEDUP = ("pair", "context", "none")
 
 __all__ = ["green_count"]
@@ -44,25 +45,21 @@ def green_count(
     Returns count_B (int64, green), scored_B (int64) and tokens_BT (int8: 1 green, 0 red, -1 not scored).
     ValueError / TypeError on anything else.
     """
-    if not isinstance(ids_BT, torch.Tensor) or ids_BT.dim() != 2 or ids_BT.dtype.is_floating_point:
-        raise TypeError("ids_BT: integer ids of shape [batch, tokens] are needed")
-    batch = ids_BT.shape[0]
-    if lengths_B is not None and (lengths_B.dtype.is_floating_point or lengths_B.shape != (batch,)):
-        raise ValueError(f"lengths_B: integers of shape [{batch}] are needed, not {list(lengths_B.shape)}")
-    if context_BH is not None and (
-        context_BH.dim() != 2 or context_BH.dtype.is_floating_point or context_BH.shape[0] != batch
-    ):
-        raise ValueError(f"context_BH: integer ids of shape [{batch}, width] are needed, not {list(context_BH.shape)}")
-    if not 0.0 < gamma < 1.0:
-        raise ValueError(f"gamma: a share in (0, 1) is needed, not {gamma}")
-    if scheme not in SCHEMES:
-        raise ValueError(f"scheme: one of {', '.join(SCHEMES)} is needed, not {scheme!r}")
-    if dedup not in DEDUP:
-        raise ValueError(f"dedup: one of {', '.join(DEDUP)} is needed, not {dedup!r}")
-    if context_width < (0 if scheme == "lefthash" else 1):
-        raise ValueError(f"context_width: {scheme} needs at least {int(scheme != 'lefthash')}, not {context_width}")
-    as_int64 = [None if value is None else value.to(torch.int64) for value in (lengths_B, context_BH)]
+    ids_BT = checks.ids(ids_BT, "ids_BT", "batch, tokens")
+    if lengths_B is not None:
+        lengths_B = checks.per_row(lengths_B, "lengths_B", "integer", ids_BT)
+    if context_BH is not None:
+        context_BH = checks.ids(context_BH, "context_BH", "batch, context")
+        checks.beside(context_BH, "context_BH", ids_BT, "ids_BT")
+    gamma = checks.share(gamma)
+    checks.one_of(scheme, "scheme", SCHEMES)
+    checks.one_of(dedup, "dedup", DEDUP)
+    least = int(scheme != "lefthash")
+    if isinstance(context_width, bool) or not isinstance(context_width, int):
+        raise TypeError(f"context_width: an integer is needed, not {checks.describe(context_width)}")
+    if not least <= context_width <= WIDEST:
+        raise ValueError(f"context_width: {least} to {WIDEST} is needed for {scheme}, not {context_width}")
     result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _green_count(
-        ids_BT.to(torch.int64), *as_int64, signed_key(key), float(gamma), int(context_width), scheme, dedup, pad_left
+        ids_BT, lengths_B, context_BH, signed_key(key), gamma, context_width, scheme, dedup, bool(pad_left)
     )
     return result

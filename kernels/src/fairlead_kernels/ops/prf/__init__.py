@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from ... import library
+from ... import checks, library
 from .keys import signed_key
 from .spec import SPECS
 
@@ -32,15 +32,14 @@ def prf(context_BH: torch.Tensor, tokens_BN: torch.Tensor, *, key: int, function
     [0, 2^32). key: in [0, 2^64). function: "mix32", "philox" or a registered name.
     Returns int64 [B, N] with values in [0, 2^32). ValueError / TypeError on anything else.
     """
-    context_BH, tokens_BN = _ids(context_BH, "context_BH"), _ids(tokens_BN, "tokens_BN")
-    if context_BH.shape[0] != tokens_BN.shape[0]:
-        raise ValueError(f"context_BH has {context_BH.shape[0]} rows, tokens_BN has {tokens_BN.shape[0]}")
+    context_BH = checks.ids(context_BH, "context_BH", "batch, context")
+    tokens_BN = checks.ids(tokens_BN, "tokens_BN", "batch, tokens")
+    checks.beside(context_BH, "context_BH", tokens_BN, "tokens_BN")
     signed = signed_key(key)
+    checks.one_of(function, "function", prf_functions())
     if function in BUILT_IN:
         words: torch.Tensor = _prf(context_BH, tokens_BN, signed, function)
         return words
-    if function not in _registered:
-        raise ValueError(f"no PRF {function!r}; there are {', '.join(prf_functions())}")
     words = _registered[function](context_BH, tokens_BN, key)
     if words.dtype != torch.int64 or words.shape != tokens_BN.shape:
         raise TypeError(
@@ -61,11 +60,3 @@ def register_prf(name: str, function: PRF) -> None:
 def prf_functions() -> tuple[str, ...]:
     """The names that `prf` knows."""
     return (*BUILT_IN, *_registered)
-
-
-def _ids(value: torch.Tensor, name: str) -> torch.Tensor:
-    if not isinstance(value, torch.Tensor) or value.dim() != 2:
-        raise TypeError(f"{name}: a tensor of shape [rows, columns] is needed, not {getattr(value, 'shape', value)!r}")
-    if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
-        raise TypeError(f"{name}: integer ids are needed, not {value.dtype}")
-    return value if value.dtype == torch.int64 else value.to(torch.int64)

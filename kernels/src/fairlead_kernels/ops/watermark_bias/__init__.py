@@ -15,7 +15,7 @@ import math
 
 import torch
 
-from ... import library
+from ... import checks, library
 from ..prf.keys import signed_key
 from .spec import SPECS
 
@@ -23,6 +23,7 @@ library.define(SPECS)
 _functional = torch.ops.fairlead.watermark_bias.default
 _in_place = torch.ops.fairlead.watermark_bias_.default
 _to_out = torch.ops.fairlead.watermark_bias_out.default
+FLOAT32_MAX = torch.finfo(torch.float32).max
 SCHEMES = ("lefthash", "minhash", "selfhash")
 
 __all__ = ["watermark_bias"]
@@ -48,48 +49,27 @@ def watermark_bias(
     overlaps of the two do not). Differentiable without `out` (red tokens of a hard list have no gradient).
     ValueError / TypeError on anything else.
     """
-    _check(logits_BV, context_BH, gamma, delta, scheme, rows)
-    if context_BH.dtype != torch.int64:
-        context_BH = context_BH.to(torch.int64)
-    settings = (context_BH, signed_key(key), float(gamma), float(delta), scheme, rows)
+    if not isinstance(logits_BV, torch.Tensor) or logits_BV.dim() != 2 or not logits_BV.dtype.is_floating_point:
+        raise TypeError(f"logits_BV: floats [batch, vocabulary] are needed, not {checks.describe(logits_BV)}")
+    context_BH = checks.ids(context_BH, "context_BH", "batch, context")
+    checks.beside(context_BH, "context_BH", logits_BV, "logits_BV")
+    gamma, delta = checks.share(gamma), checks.number(delta, "delta")
+    if not (0 <= delta <= FLOAT32_MAX or delta == math.inf):
+        raise ValueError(f"delta: 0 or more and a float32 (inf = hard list) is needed, not {delta}")
+    checks.one_of(scheme, "scheme", SCHEMES)
+    if scheme == "minhash" and context_BH.shape[1] == 0:
+        raise ValueError("context_BH: minhash needs at least one context token")
+    if rows is not None:
+        rows = checks.per_row(rows, "rows", "bool", logits_BV)
+    settings = (context_BH, signed_key(key), gamma, delta, scheme, rows)
     if out is None:
         biased_BV: torch.Tensor = _functional(logits_BV, *settings)
         return biased_BV
     if out is logits_BV:
         _in_place(logits_BV, *settings)
         return out
-    if out.shape != logits_BV.shape or out.dtype != logits_BV.dtype or out.device != logits_BV.device:
-        raise ValueError(
-            f"out: {logits_BV.dtype} {tuple(logits_BV.shape)} on {logits_BV.device} is needed, "
-            f"not {out.dtype} {tuple(out.shape)} on {out.device}"
-        )
+    if not isinstance(out, torch.Tensor) or out.shape != logits_BV.shape or out.dtype != logits_BV.dtype:
+        raise ValueError(f"out: {checks.describe(logits_BV)} is needed, not {checks.describe(out)}")
+    checks.beside(out, "out", logits_BV, "logits_BV")
     _to_out(logits_BV, *settings, out)
     return out
-
-
-def _check(
-    logits_BV: torch.Tensor,
-    context_BH: torch.Tensor,
-    gamma: float,
-    delta: float,
-    scheme: str,
-    rows: torch.Tensor | None,
-) -> None:
-    if not isinstance(logits_BV, torch.Tensor) or logits_BV.dim() != 2 or not logits_BV.dtype.is_floating_point:
-        raise TypeError("logits_BV: a floating tensor of shape [batch, vocabulary] is needed")
-    if not isinstance(context_BH, torch.Tensor) or context_BH.dim() != 2 or context_BH.dtype.is_floating_point:
-        raise TypeError("context_BH: integer ids of shape [batch, context] are needed")
-    if context_BH.shape[0] != logits_BV.shape[0]:
-        raise ValueError(f"context_BH has {context_BH.shape[0]} rows, logits_BV has {logits_BV.shape[0]}")
-    if context_BH.device != logits_BV.device:
-        raise ValueError(f"context_BH is on {context_BH.device}, logits_BV on {logits_BV.device}")
-    if not 0.0 < gamma < 1.0:
-        raise ValueError(f"gamma: a share in (0, 1) is needed, not {gamma}")
-    if math.isnan(delta) or delta < 0:
-        raise ValueError(f"delta: 0 or more (inf = hard list) is needed, not {delta}")
-    if scheme not in SCHEMES:
-        raise ValueError(f"scheme: one of {', '.join(SCHEMES)} is needed, not {scheme!r}")
-    if scheme == "minhash" and context_BH.shape[1] == 0:
-        raise ValueError("context_BH: minhash needs at least one context token")
-    if rows is not None and (rows.dtype != torch.bool or rows.shape != logits_BV.shape[:1]):
-        raise ValueError(f"rows: bool [{logits_BV.shape[0]}] is needed, not {rows.dtype} {list(rows.shape)}")
