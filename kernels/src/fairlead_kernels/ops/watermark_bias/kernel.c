@@ -24,7 +24,7 @@ FL_INLINE uint32_t finish(uint32_t h, uint32_t b, const int exact) {
 }
 
 FL_INLINE float biased(float x, int green, float delta, const int hard) {
-    return hard ? (green | (x != x) ? x : -INFINITY) : (green ? x + delta : x);
+    return hard ? ((green | (x != x)) ? x : -INFINITY) : (green ? x + delta : x);
 }
 
 /* BLOCK tokens of one storage type under the state of one context; words of a self-hash come ready made. */
