@@ -90,9 +90,11 @@ FL_INLINE void words_of(uint32_t *word, uint32_t start, int count, uint32_t a, u
     for (int i = 0; i < count; ++i) word[i] = finish(((start + (uint32_t)i) ^ c) * 0x7FEB352Du, b, 1);
 }
 
-/* Final words (or their upper halves) of a self-hash after three context tokens (a context width of four), in registers throughout. */
+/* A self-hash after three context tokens (a context width of four), in registers throughout. Either biases float32 logits
+ * at once, or leaves the final words (exact = 0: their upper halves) for another pass. */
 FL_INLINE void three_tokens(uint32_t *word, const uint32_t *shared, uint32_t start, int count, uint32_t kept[][2],
-                            uint32_t a, uint32_t b, const int exact) {
+                            uint32_t a, uint32_t b, const float *in, float *out, uint32_t limit, float delta,
+                            const int exact, const int at_once) {
     const uint32_t high = start >> 16, b0 = kept[0][1], b1 = kept[1][1], b2 = kept[2][1];
     const uint32_t c0 = kept[0][0] ^ kept[0][0] >> 16 ^ high, c1 = kept[1][0] ^ kept[1][0] >> 16 ^ high;
     const uint32_t c2 = kept[2][0] ^ kept[2][0] >> 16 ^ high;
@@ -104,7 +106,9 @@ FL_INLINE void three_tokens(uint32_t *word, const uint32_t *shared, uint32_t sta
         const uint32_t x = w0 < w1 ? w0 : w1, y = w2 < w3 ? w2 : w3;
         uint32_t h = (x < y ? x : y) ^ a;
         h ^= h >> 16;
-        word[i] = finish(h * 0x7FEB352Du, b, exact);
+        h = finish(h * 0x7FEB352Du, b, exact);
+        if (at_once) out[i] = h < limit ? in[i] + delta : in[i];
+        else word[i] = h;
     }
 }
 
@@ -156,9 +160,16 @@ FL_CLONES FL_EXPORT void fl_watermark_bias(int64_t begin, int64_t end, const voi
                         memcpy(kept[j], state, 8);
                     }
                     const uint32_t *known = shared + (first - from), at = (uint32_t)first;
-                    if (limit & 0xFFFFu) three_tokens(table, known, at, count, kept, empty[0], empty[1], 1);
-                    else three_tokens(table, known, at, count, kept, empty[0], empty[1], 0);
-                    any_block(dtype, in, to, first, table, 0, 0, count, limit, delta, 1);
+                    const float *x = (const float *)in + first;
+                    float *y = (float *)to + first;
+                    const int at_once = dtype == FL_F32 && delta != INFINITY, exact = (limit & 0xFFFFu) != 0;
+#define FL_THREE(E, O) three_tokens(table, known, at, count, kept, empty[0], empty[1], x, y, limit, delta, E, O)
+                    if (exact && at_once) FL_THREE(1, 1);
+                    else if (at_once) FL_THREE(0, 1);
+                    else if (exact) FL_THREE(1, 0);
+                    else FL_THREE(0, 0);
+#undef FL_THREE
+                    if (!at_once) any_block(dtype, in, to, first, table, 0, 0, count, limit, delta, 1);
                     continue;
                 }
                 memcpy(table, shared + (first - from), (size_t)count * 4);
