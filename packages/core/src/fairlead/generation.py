@@ -9,6 +9,7 @@ Shape suffixes: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -76,6 +77,10 @@ class RolloutEngine:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.model_tokens = 0
+        # transformers 5.24 calls the argument `cache`, earlier versions `past_key_values`.
+        parameters = inspect.signature(model.forward).parameters
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
+        self._keeps_last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self.logits_BV: torch.Tensor
         self._cache: Any = None
         self._mask: torch.Tensor
@@ -131,10 +136,10 @@ class RolloutEngine:
         mask = self._mask[:, : self._columns]
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -fed_BT.shape[1] :]
         out = self.model(
-            input_ids=fed_BT, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True,
-            logits_to_keep=1,
+            input_ids=fed_BT, attention_mask=mask, position_ids=positions, use_cache=True,
+            **{self._cache_name: self._cache}, **self._keeps_last,
         )  # fmt: skip
-        cache = getattr(out, "past_key_values", None)
+        cache = getattr(out, self._cache_name, None)
         if cache is not None and not hasattr(cache, "batch_repeat_interleave"):
             log.warning("%s: its cache cannot be expanded; every step runs the whole text", type(self.model).__name__)
             cache = None

@@ -94,6 +94,6 @@ def texts(ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_size: in
         columns_BT = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         lengths_B = torch.full((ids.shape[0],), ids.shape[1], dtype=torch.int64, device=ids.device)
         return Texts(ids, lengths_B, columns_BT, ids.shape)
-    order_BT = (~real_BT).to(torch.int8).sort(1, stable=True).indices
+    order_BT = (~real_BT).to(torch.int8).sort(dim=1, stable=True).indices
     aligned_BT = ids.masked_fill(~real_BT, MISSING).gather(1, order_BT)
     return Texts(aligned_BT, real_BT.sum(1), order_BT, ids.shape)

@@ -21,6 +21,7 @@ from .world import Meta, World
 
 COUNTS = {"harmful": 300, "benign": 300, "care": 240, "value": 240, "fact": 240, "list": 240, "recognition": 240}
 VERSION = 1
+DRAWS = 60
 
 
 def rows(world: World) -> Iterator[dict[str, Any]]:
@@ -52,7 +53,9 @@ def write_prompts(world: World, target: Path) -> None:
 def _distinct(world: World, split: str, task: str, count: int, **options: Any) -> Iterator[dict[str, Any]]:
     rng = generator(world.seed, "prompts", VERSION, split, sorted(options.items()))
     seen: set[str] = set()
-    while len(seen) < count:
+    for _ in range(DRAWS * count):  # a split that holds fewer distinct questions than `count` gives all it has
+        if len(seen) == count:
+            break
         turn = world.turn(rng, "kind", task, "test", **options)
         if turn.question in seen:
             continue
