@@ -54,8 +54,10 @@ def load(name: str | os.PathLike[str], device: Any = None, dtype: Any = None) ->
     CPU, the checkpoint's own elsewhere. DataUnavailableError in one line when it is not to be had."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     path = _folder(name)
+    logging.disable_progress_bar()  # a bar of its own for files that load in a moment
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
     try:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import Configurable
+from ..errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -35,3 +36,44 @@ class Reward(Configurable):
         self, prompts: Sequence[Any], responses: Sequence[Any], finished: Sequence[bool] | None = None, **columns: Any
     ) -> torch.Tensor:
         """Rewards float32 [N]; InputError when the lengths differ."""
+
+    def as_trl(self) -> Callable[..., list[float]]:
+        """A function for TRL's `reward_funcs`: (prompts, completions, **columns) -> list of floats. Conversational
+        prompts and completions are read as their last message."""
+
+        def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+            scores = self([_text(p) for p in prompts], [_text(c) for c in completions], **columns)
+            return [float(score) for score in scores]
+
+        reward.__name__ = type(self).__name__
+        return reward
+
+
+def _text(value: Any) -> Any:
+    """The content of the last message of a conversation; anything else as it is."""
+    if isinstance(value, (list, tuple)) and value and isinstance(value[-1], dict):
+        return value[-1]["content"]
+    return value
+
+
+def check_pairs(prompts: Sequence[Any], responses: Sequence[Any]) -> None:
+    """InputError unless there are as many responses as prompts."""
+    if len(prompts) != len(responses):
+        raise InputError(f"a reward needs one response per prompt, got {len(prompts)} prompts and {len(responses)} responses")
+
+
+def as_reward(value: Any) -> Any:
+    """A Reward from a Reward, a callable (prompts, responses), a registered name or {"name": ..., settings}."""
+    if isinstance(value, Reward):
+        return value
+    if callable(value):
+        from ..rewards.function import CallableReward
+
+        return CallableReward(function=value)
+    from .. import registry
+
+    if isinstance(value, str):
+        return registry.create("reward", value)
+    if isinstance(value, Mapping) and "name" in value:
+        return registry.create("reward", value["name"], **{k: v for k, v in value.items() if k != "name"})
+    raise ValueError("must be a Reward, a callable, a registered name or {'name': ..., settings}")
