@@ -176,7 +176,7 @@ def generate(
     sampler: TokenSampler | None = None, logits_processor: Any = None, n: int = 1, max_new_tokens: int = 64,
     temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
     seed: int = 0, first_index: int = 0, batch_size: int | None = None, return_logprobs: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    min_new_tokens: int = 0, progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Generation]]:  # fmt: skip
     """n candidates for every prompt.
 
@@ -186,7 +186,7 @@ def generate(
     logits_processor: HF processors, applied to float32 logits before sampling, as `model.generate` does.
     n: candidates per prompt; the prompt is run once. temperature (0 = greedy), top_k, top_p, min_p: in HF's order.
     seed, first_index: prompt i, candidate j draws its noise from (seed, first_index + i, j) alone.
-    batch_size: rows (prompts x n) at a time, 64 by default. progress: called with (prompts done, prompts).
+    batch_size: rows (prompts x n) at a time, 64 by default. min_new_tokens: no end token before that many. progress: called with (prompts done, prompts).
 
     Returns one list of n Generations per prompt, in order. Raises InputError for empty prompts, n or max_new_tokens
     below 1, and a watermark of another vocabulary than the model's logits.
@@ -207,7 +207,7 @@ def generate(
         rows, logprobs, tokens = _roll(
             model, [encoded[i] for i in members], n, max_new_tokens, sampler, logits_processor, ends,
             _seeds(seed, [first_index + i for i in members], n).to(model.device),
-            (temperature or 1.0) if return_logprobs else None, _pad_token(model, tokenizer),
+            (temperature or 1.0) if return_logprobs else None, _pad_token(model, tokenizer), min_new_tokens,
         )  # fmt: skip
         cost = {"model_tokens": tokens // (n * len(members)), "seconds": round((time.monotonic() - began) / (n * len(members)), 6)}
         for place, i in enumerate(members):
@@ -231,7 +231,7 @@ def generate(
 
 def _roll(
     model: Any, prompts: list[torch.Tensor], n: int, room: int, sampler: TokenSampler, processor: Any, ends: set[int],
-    seeds_B: torch.Tensor, temperature: float | None, pad_token: int,
+    seeds_B: torch.Tensor, temperature: float | None, pad_token: int, least: int,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], int]:  # fmt: skip
     """Answers of one batch: ids and (with a temperature) log-probs per row, and the tokens run through the model."""
     engine = RolloutEngine(model)
@@ -247,6 +247,8 @@ def _roll(
     stop = torch.tensor(sorted(ends), dtype=torch.int64, device=device)
     for step in range(room):
         logits, positions = engine.logits_BV, torch.full_like(here, step)
+        if step < least and len(stop):
+            logits = logits.index_fill(1, stop, -torch.inf)
         if processor is not None:
             seen = engine.ids_BT.masked_fill(engine.ids_BT == PADDING, pad_token)
             logits = processor(seen, logits.float().clone())

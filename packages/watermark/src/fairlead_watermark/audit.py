@@ -10,6 +10,7 @@ Axes: K keys (or seeds of the unmarked model), P prompts. Every value is a mean 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -139,7 +140,7 @@ def simplex_figure(paths: dict[str, list[tuple[float, float]]], colours: dict[st
         colour = (colours or {}).get(name)
         xs, ys = zip(*path, strict=True)
         (line,) = axis.plot(xs, ys, lw=0, marker="o", ms=5, color=colour, label=name)
-        for start, stop in zip(path, path[1:], strict=False):
+        for start, stop in pairwise(path):
             axis.annotate("", xy=stop, xytext=start, arrowprops={"arrowstyle": "->", "color": line.get_color(), "lw": 1.5})
     for (x, y), text, offset, align in (
         (corners[0], "safe", (0, 8), "center"), (corners[1], "unsafe", (-4, -14), "center"),

@@ -45,7 +45,7 @@ class Gumbel(Mark):
     def setup(self) -> None:
         self.width = self.config.context_width
 
-    def processor(
+    def processor(  # type: ignore[override]
         self, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
         min_p: float | None = None, prompt_length: int = 0, pad_token_id: int | None = None,
     ) -> Any:  # fmt: skip
@@ -66,7 +66,7 @@ class Gumbel(Mark):
 
         return gumbel_sample(logits_BV, contexts.last(ids_BT, self.width), key=self.config.key.reveal(), **options)
 
-    def sampler(
+    def sampler(  # type: ignore[override]
         self, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
         min_p: float | None = None, prompt_length: int = 0,
     ) -> TokenSampler:  # fmt: skip

@@ -112,10 +112,10 @@ class KGW(Mark):
             self._lists = CounterLists(self.config)
         self.width = self._lists.width
 
-    def _process(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
+    def _process(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor, **options: Any) -> torch.Tensor:
         return self._lists.bias(ids_BT, logits_BV, self.config.delta)
 
-    def sampler(
+    def sampler(  # type: ignore[override]
         self, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
         min_p: float | None = None, prompt_length: int = 0,
     ) -> TokenSampler:  # fmt: skip

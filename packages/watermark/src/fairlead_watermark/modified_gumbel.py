@@ -7,8 +7,6 @@ plain Gumbel. Not distortion-free. Detection is Gumbel's: it looks at u of the e
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from pydantic import Field
 
@@ -28,10 +26,10 @@ class ModifiedGumbel(Gumbel):
     """Sampling from the keyed scores."""
 
     Config = ModifiedGumbelConfig
-    config: ModifiedGumbelConfig
+    config: ModifiedGumbelConfig  # type: ignore[assignment]
     name = "modified-gumbel"
 
-    def _process(
+    def _process(  # type: ignore[override]
         self, ids_BT: torch.Tensor, logits_BV: torch.Tensor, *, temperature: float = 1.0, top_k: int | None = None,
         top_p: float | None = None, min_p: float | None = None,
     ) -> torch.Tensor:  # fmt: skip
@@ -43,14 +41,14 @@ class ModifiedGumbel(Gumbel):
         weights_BV = u_BV.log() / (kept_BV.softmax(-1) * self.config.tau)
         return weights_BV.to(logits_BV.dtype)
 
-    def sampler(
+    def sampler(  # type: ignore[override]
         self, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
         min_p: float | None = None, prompt_length: int = 0,
     ) -> TokenSampler:  # fmt: skip
         """Keyed log-weights, then a free draw; repeated contexts (dedup_contexts) draw from the model itself."""
         from fairlead.generation import PlainSampler
 
-        options = {"temperature": check_temperature(temperature, self.name), "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        options: dict[str, Any] = {"temperature": check_temperature(temperature, self.name), "top_k": top_k, "top_p": top_p, "min_p": min_p}
         draw = PlainSampler()
 
         def sample(

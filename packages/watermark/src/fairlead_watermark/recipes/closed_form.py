@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,9 @@ def keys(seed: int, count: int, stream: str) -> list[int]:
     return [int(k) for k in np.random.default_rng(root).integers(0, 2**63, size=count)]
 
 
-def rollout(table_VV: torch.Tensor, prompts_P2: torch.Tensor, draw: Callable, seeds_P: torch.Tensor, length: int):
+def rollout(
+    table_VV: torch.Tensor, prompts_P2: torch.Tensor, draw: Callable[..., torch.Tensor], seeds_P: torch.Tensor, length: int
+) -> torch.Tensor:
     """Extend every prompt by `length` tokens, `draw(logits, ids, seeds, positions)` choosing each."""
     rows, start = prompts_P2.shape
     ids_PT = torch.empty(rows, start + length, dtype=torch.int64)
@@ -190,7 +193,7 @@ def experiment(
     marks = {}
     for name in MARKS:
         draws = draw_marked(
-            name, table_VV, prompts_P2, SIZES[-1], length, seed, lambda done, total, name=name: progress(name, done, total)
+            name, table_VV, prompts_P2, SIZES[-1], length, seed, partial(progress, name)
         )  # fmt: skip
         marks[name] = summary(name, draws, plain) | {
             "null_rate": null_rate(name, table_VV, 2000, length, seed),

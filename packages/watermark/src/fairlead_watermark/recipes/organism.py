@@ -16,19 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from fairlead.generation import Generation, generate
+from fairlead.generation import generate
 
 from ..gumbel import Gumbel
 from ..kgw import KGW
 from ..modified_gumbel import ModifiedGumbel
-from .closed_form import SIZES, keys
+from .closed_form import keys
 
 UNMARKED = "unmarked"
 MARKS = ("kgw", "gumbel", "modified-gumbel")
-ANSWERS_PER_DOCUMENT = 10
-FIELDS = ("unsafe", "refusal", "helpful", "coherent", "reward", "nll", "p_document")
+FIELDS = ("unsafe", "refusal", "helpful", "coherent", "reward", "nll")
 
 
 @dataclass(frozen=True)
@@ -58,11 +56,12 @@ def read_prompts(path: str, per_side: int, seed: int) -> Prompts:
 
 
 def make_mark(name: str, key: int, vocab_size: int) -> Any:
+    """Four tokens of context reach into the question, so that one key draws many noises for the first word."""
     if name == "kgw":
         return KGW(vocab_size=vocab_size, key=key, gamma=0.25, delta=2.0)
     if name == "gumbel":
-        return Gumbel(vocab_size=vocab_size, key=key, context_width=2)
-    return ModifiedGumbel(vocab_size=vocab_size, key=key, context_width=2)
+        return Gumbel(vocab_size=vocab_size, key=key, context_width=4)
+    return ModifiedGumbel(vocab_size=vocab_size, key=key, context_width=4)
 
 
 def collect(
@@ -94,27 +93,7 @@ def collect(
         }
         for field, values in columns.items():
             found[field].append(np.asarray(values).reshape(shape).tolist())
-        found["p_document"].append({} if mark is None else document_p_values(mark, answers, columns["reward"], n))
         progress(index + 1, key_count)
-    return found
-
-
-def document_p_values(mark: Any, answers: list[list[Generation]], rewards: list[float], n: int) -> dict[str, list]:
-    """p-values of documents of ten answers, each chosen by best-of-m, for every m of `SIZES` up to n.
-
-    One answer of a dozen tokens is too short to test; the text that a service has returned to one user is not.
-    """
-    scores = np.asarray(rewards).reshape(len(answers), n)
-    found = {}
-    for m in (m for m in SIZES if m <= n):
-        ids = [answers[p][int(scores[p, :m].argmax())].ids for p in range(len(answers))]
-        documents = [
-            torch.cat(ids[i : i + ANSWERS_PER_DOCUMENT]) for i in range(0, len(ids), ANSWERS_PER_DOCUMENT)
-        ]
-        padded = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True)
-        lengths = torch.tensor([len(d) for d in documents])
-        mask = torch.arange(padded.shape[1]) < lengths[:, None]
-        found[str(m)] = mark.detect(padded, attention_mask=mask.long()).p_value.tolist()
     return found
 
 
