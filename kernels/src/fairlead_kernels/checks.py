@@ -60,3 +60,20 @@ def one_of(value: Any, name: str, allowed: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name}: one of {', '.join(allowed)} is needed, not {describe(value)}")
     return value
+
+
+def offsets(value: Any, name: str, total: int, device: torch.device) -> torch.Tensor:
+    """Edges of segments over `total` rows as int64 [S + 1]: from 0 to total, never falling. Their values are checked on
+    the CPU only and not while compiling: elsewhere that would wait for the device."""
+    good = isinstance(value, torch.Tensor) and value.dim() == 1 and value.shape[0] >= 1 and is_integer(value.dtype)
+    if not good:
+        raise TypeError(f"{name}: integer edges of shape [S + 1] are needed, not {describe(value)}")
+    edges: torch.Tensor = value.to(torch.int64)
+    if edges.device != device:
+        raise ValueError(f"{name} is on {edges.device}, the rows on {device}")
+    if edges.device.type == "cpu" and not torch.compiler.is_compiling():
+        if int(edges[0]) != 0 or int(edges[-1]) != total:
+            raise ValueError(f"{name}: from 0 to {total} is needed, not from {int(edges[0])} to {int(edges[-1])}")
+        if bool((edges.diff() < 0).any()):
+            raise ValueError(f"{name}: edges that never fall are needed")
+    return edges
