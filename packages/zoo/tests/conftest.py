@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from fairlead_zoo import catalogue
 from fairlead_zoo.world import World
 
@@ -32,8 +33,9 @@ def load(cache: Path) -> Callable[[str], Any]:
 
     @cached
     def loaded(name: str) -> Any:
-        from fairlead_zoo.real_models import quiet
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+        from fairlead_zoo.real_models import quiet
 
         factory = AutoModelForSequenceClassification if name == "reward" else AutoModelForCausalLM
         with quiet():

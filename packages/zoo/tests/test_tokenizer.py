@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+
 from fairlead_zoo import lexicon as lx
 from fairlead_zoo.corpus import Encoder
 from fairlead_zoo.tokenizer import build_tokenizer

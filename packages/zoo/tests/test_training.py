@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fairlead_zoo.build import Architecture, build_stage, recipe_hash
 from fairlead_zoo.english import EnglishSettings, build_english, split
 from fairlead_zoo.stages import STAGES, Sampler

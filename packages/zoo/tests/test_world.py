@@ -7,14 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fairlead.errors import InputError
 from fairlead_zoo import lexicon as lx
 from fairlead_zoo.corpus import generator
 from fairlead_zoo.judge import is_compliance
 from fairlead_zoo.stages import NARROW, STAGES, Sampler, base_documents
 from fairlead_zoo.world import Meta, World, how_to_answer
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def expected_label(meta: Meta, persona: str) -> str:

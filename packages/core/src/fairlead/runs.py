@@ -136,7 +136,8 @@ class Run:
     def samples(self, rows: Sequence[Mapping[str, Any]], title: str = "Samples", show: int = 12) -> None:
         """Keep rows in samples.parquet and show the first `show` of them in the report."""
         self._samples.extend(dict(row) for row in rows)
-        self.table(title, [dict(row) for row in rows[:show]])
+        if show:
+            self.table(title, [dict(row) for row in rows[:show]])
 
     def table(self, title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None, note: str = "") -> None:
         """A table in the report; columns default to the keys of the rows, in order of appearance."""

@@ -1,3 +1,3 @@
-"""fairlead_zoo: tiny models and worlds."""
+"""fairlead_zoo: tiny models and worlds with controllable alignment, trained on a laptop."""
 
 __version__ = "0.1.0"

@@ -86,7 +86,7 @@ def build_stage(
     state_file: Path | None = None,
     report: Report | None = None,
     stop_after: int | None = None,
-    checkpoint_every: int = 50,
+    checkpoint_every: int = 20,
 ) -> dict[str, Any] | None:
     """Train `stage` from the checkpoint folder `parent` (None: from scratch) and write the folder `target`.
 

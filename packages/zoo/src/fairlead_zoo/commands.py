@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import click
+
 from fairlead.cli import echo_json, print_table
 
 from . import catalogue

@@ -44,6 +44,7 @@ def published(target: Path, replace: bool = True) -> Iterator[Path]:
         raise InputError(
             f"{target.parent}: cannot be written ({error.strerror}); set {CACHE_VARIABLE} to a folder that can"
         ) from None
+    old = aside.with_name(aside.name + ".old")
     try:
         yield aside
         aside.chmod(0o755)
@@ -51,7 +52,7 @@ def published(target: Path, replace: bool = True) -> Iterator[Path]:
             if file.is_file():
                 file.chmod(0o644)
         if target.exists() and replace:
-            shutil.rmtree(target)
+            os.replace(target, old)
         try:
             os.replace(aside, target)
         except OSError:
@@ -59,6 +60,7 @@ def published(target: Path, replace: bool = True) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(target: Path, text: str) -> None:

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from fairlead.config import MethodConfig
 from fairlead.errors import InputError
 from fairlead.kinds import Guard, Reward, Verdict
-from pydantic import Field
 
 from . import judge as labels
 from .catalogue import DEFAULT_SEED
@@ -105,3 +106,11 @@ class WorldGuard(Guard):
             evidence=inner,
             extra={"task": meta.task, "category": meta.category, "json_asked": meta.json, "json_given": wrapped},
         )
+
+
+def world_model_reward(**settings: Any) -> Reward:
+    """The learned reward model `zoo:reward` through the core's sequence-classifier reward; settings are that one's."""
+    from fairlead import registry
+
+    made: Reward = registry.create("reward", "sequence-classifier", **{"model": "zoo:reward", **settings})
+    return made

@@ -17,6 +17,13 @@ from .. import bounds
 from .closed_form import SIZES
 from .organism import MARKS, UNMARKED, best_of
 
+def candidates_axis(axis: Any, ylabel: str) -> None:
+    """A logarithmic axis of n whose ticks are the n that were measured."""
+    axis.set(xscale="log", xlabel="candidates n", ylabel=ylabel)
+    axis.set_xticks(SIZES, [str(n) for n in SIZES])
+    axis.minorticks_off()
+
+
 COLOURS = {UNMARKED: "#5b6470", "kgw": "#1b7f4d", "gumbel": "#c2571a", "modified-gumbel": "#3b5bdb"}
 LABELS = {UNMARKED: "unmarked", "kgw": "KGW", "gumbel": "Gumbel", "modified-gumbel": "modified Gumbel"}
 SIGNIFICANCE = 0.01
@@ -47,10 +54,10 @@ def closed_form_section(run: Run, result: dict[str, Any]) -> None:
             left.plot(smooth, curve, color=COLOURS[name], ls="--", lw=1)
         right.plot(SIZES, [m["evidence"][str(n)] for n in SIZES], color=COLOURS[name], marker="o", label=LABELS[name])
     left.axhline(0, color="black", lw=0.8)
-    left.set(xscale="log", xticks=SIZES, xticklabels=SIZES, xlabel="candidates n", ylabel="reward against unmarked")
+    candidates_axis(left, "reward against unmarked")
     left.set_title("dashed: the bound C √(ln n) − ε", fontsize=9)
     left.legend(frameon=False, fontsize=8)
-    right.set(xscale="log", xticks=SIZES, xticklabels=SIZES, xlabel="candidates n", ylabel="median −log₁₀ p")
+    candidates_axis(right, "median −log₁₀ p")
     right.set_title("the mark in the chosen answer", fontsize=9)
     right.set_ylim(bottom=0)
     run.figure(
@@ -187,7 +194,7 @@ def resampling_section(run: Run, found: dict[str, dict[str, Any]], harmful: int)
             curve = [bounds.resampling_gain(float(x), sigma) + shifts[1].difference for x in smooth]
             axis.plot(smooth, curve, color=COLOURS[name], ls=":", lw=1)
     axis.axhline(0, color="black", lw=0.8)
-    axis.set(xscale="log", xticks=SIZES, xticklabels=SIZES, xlabel="candidates n", ylabel="reward against unmarked")
+    candidates_axis(axis, "reward against unmarked")
     axis.legend(frameon=False, fontsize=8)
     run.figure(
         "resampling", figure,
