@@ -55,6 +55,8 @@ def test_gradients_agree_between_backends(spec: OpSpec) -> None:
     for sample in spec.samples(torch.float32, "cpu", 2):
         if unsupported is not None and unsupported(*sample.args, **sample.kwargs) is not None:
             continue
+        if not any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in sample.args):
+            continue
         found = {}
         for backend in ("reference", "c"):
             args = [copied(value) for value in sample.args]
