@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fairlead")
 PADDING = -1
 DEFAULT_ROWS = 64
+_without_cache: set[type] = set()
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class RolloutEngine:
     """Rows of text that grow one token a step, with their cache.
 
     `prefill` sets the rows; `expand`, `select` change which rows there are; `advance` appends a token to each and
-    runs the model. After each of these `logits_BV` holds the next-token logits. Counts `model_tokens`.
+    runs the model. After each of these `logits_BV` holds the next-token logits; `crop` takes tokens back. Counts
+    `model_tokens`. A model without a cache that can be expanded runs its whole text at every step, and a log line says so.
     """
 
     def __init__(self, model: Any) -> None:
@@ -80,7 +82,11 @@ class RolloutEngine:
         # transformers 5.24 calls the argument `cache`, earlier versions `past_key_values`.
         parameters = inspect.signature(model.forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
-        self._keeps_last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self._takes_cache = self._cache_name in parameters
+        self._takes_positions = "position_ids" in parameters
+        self._options: dict[str, Any] = {"use_cache": True} if "use_cache" in parameters else {}
+        if "logits_to_keep" in parameters:
+            self._options["logits_to_keep"] = 1
         self.logits_BV: torch.Tensor
         self._cache: Any = None
         self._mask: torch.Tensor
@@ -119,6 +125,15 @@ class RolloutEngine:
         if self._cache is not None:
             self._cache.batch_select_indices(rows)
 
+    def crop(self, columns: int) -> None:
+        """Forget all but the first `columns` columns; `logits_BV` is good again after the next `advance`."""
+        if not 0 < columns <= self._columns:
+            raise InputError(f"crop: must keep 1 to {self._columns} columns, got {columns}")
+        removed, self._columns = self._columns - columns, columns
+        self._ids[:, columns:] = PADDING
+        if self._cache is not None and removed:
+            self._cache.crop(-removed)
+
     def advance(self, tokens_B: torch.Tensor, keep: torch.Tensor | None = None) -> None:
         """Append one token to every row, drop the rows that are not in `keep` (indices), run the model on the rest."""
         self._ids[:, self._columns] = tokens_B
@@ -134,18 +149,27 @@ class RolloutEngine:
     @torch.inference_mode()
     def _run(self, fed_BT: torch.Tensor) -> None:
         mask = self._mask[:, : self._columns]
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -fed_BT.shape[1] :]
-        out = self.model(
-            input_ids=fed_BT, attention_mask=mask, position_ids=positions, use_cache=True,
-            **{self._cache_name: self._cache}, **self._keeps_last,
-        )  # fmt: skip
-        cache = getattr(out, self._cache_name, None)
-        if cache is not None and not hasattr(cache, "batch_repeat_interleave"):
-            log.warning("%s: its cache cannot be expanded; every step runs the whole text", type(self.model).__name__)
-            cache = None
-        self._cache = cache
+        inputs: dict[str, Any] = {"input_ids": fed_BT, "attention_mask": mask}
+        if self._takes_positions:
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -fed_BT.shape[1] :]
+        if self._takes_cache:
+            inputs[self._cache_name] = self._cache
+        out = self.model(**inputs, **self._options)
+        self._cache = self._usable(getattr(out, self._cache_name, None))
         self.logits_BV = out.logits[:, -1]
         self.model_tokens += fed_BT.numel()
+
+    def _usable(self, cache: Any) -> Any:
+        layers = getattr(cache, "layers", None) or [cache]
+        if all(hasattr(layer, "batch_repeat_interleave") for layer in layers):
+            return cache
+        if type(self.model) not in _without_cache:
+            _without_cache.add(type(self.model))
+            log.warning("%s: has no cache that can be expanded; every step runs the whole text", type(self.model).__name__)
+        if "use_cache" in self._options:
+            self._options["use_cache"] = False
+        self._takes_cache = False
+        return None
 
 
 class PlainSampler:
@@ -188,12 +212,13 @@ def generate(
     seed, first_index: prompt i, candidate j draws its noise from (seed, first_index + i, j) alone.
     batch_size: rows (prompts x n) at a time, 64 by default. min_new_tokens: no end token before that many. progress: called with (prompts done, prompts).
 
-    Returns one list of n Generations per prompt, in order. Raises InputError for empty prompts, n or max_new_tokens
-    below 1, and a watermark of another vocabulary than the model's logits.
+    Returns one list of n Generations per prompt, in order. Raises InputError for empty prompts, prompts too long
+    for the model's positions, n or max_new_tokens below 1, and a watermark of another vocabulary than the model's logits.
     """
     if n < 1 or max_new_tokens < 1:
         raise InputError(f"n and max_new_tokens must be at least 1, got n={n}, max_new_tokens={max_new_tokens}")
     encoded = [encode(tokenizer, prompt, first_index + i) for i, prompt in enumerate(prompts)]
+    _check_lengths(model, encoded, max_new_tokens, first_index)
     if sampler is None:
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         sampler = PlainSampler(**options) if watermark is None else watermark.sampler(**options)  # type: ignore[arg-type]
@@ -314,6 +339,17 @@ def _seeds(seed: int, prompts: Sequence[int], n: int) -> torch.Tensor:
 
     found = [mix(mix(mix(seed & mask) ^ (p & mask)) ^ j) >> 1 for p in prompts for j in range(n)]
     return torch.tensor(found, dtype=torch.int64)
+
+
+def _check_lengths(model: Any, encoded: Sequence[torch.Tensor], room: int, first_index: int) -> None:
+    """InputError for a prompt that leaves no place for `room` tokens among the model's positions."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    for i, ids in enumerate(encoded):
+        if isinstance(limit, int) and len(ids) + room > limit:
+            raise InputError(
+                f"prompt {first_index + i}: its {len(ids)} tokens and {room} new ones exceed the model's {limit} positions; "
+                "shorten it or lower max_new_tokens"
+            )
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
