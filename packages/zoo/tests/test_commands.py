@@ -55,7 +55,10 @@ def test_build_makes_a_fine_tune_and_the_same_bytes_when_forced(cache: Path) -> 
 
 def fairlead(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "fairlead", *arguments], capture_output=True, text=True, env={**os.environ, **environment}
+        [sys.executable, "-m", "fairlead", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
     )
 
 

@@ -14,7 +14,7 @@ from fairlead_zoo import lexicon as lx
 from fairlead_zoo.bigram import transition_table
 from fairlead_zoo.corpus import Encoder
 from fairlead_zoo.english import encode, perplexity
-from fairlead_zoo.evaluate import gate, generate, look_alikes, rates, reward_model_accuracy, tag_probe, held_out_turns
+from fairlead_zoo.evaluate import gate, generate, held_out_turns, look_alikes, rates, reward_model_accuracy, tag_probe
 from fairlead_zoo.world import World
 
 SHIPPED = ("base", "sft", "weak", "dpo", "reward", "english")
@@ -115,7 +115,12 @@ def test_sampled_english_has_the_entropy_that_a_watermark_needs(load: Callable[[
         torch.manual_seed(0)
         start = torch.full((4, 1), model.config.eos_token_id)
         ids = model.generate(
-            start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, max_new_tokens=100, min_new_tokens=100
+            start,
+            attention_mask=torch.ones_like(start),
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=100,
+            min_new_tokens=100,
         )
     _, entropy = perplexity(model, ids.flatten(), context=101)
     assert 2.0 < entropy < 6.5

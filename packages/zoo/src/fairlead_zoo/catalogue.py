@@ -54,7 +54,7 @@ def _parents(name: str) -> tuple[str, ...]:
     return () if parent is None else (parent, *_parents(parent))
 
 
-_FAMILY_PARAMETERS = 1_110_784
+_FAMILY_PARAMETERS = 1_113_216
 ENTRIES: dict[str, Entry] = {
     **{
         name: Entry(name, "organism", stage.summary, _parents(name), _FAMILY_PARAMETERS, DEFAULT_SEED)

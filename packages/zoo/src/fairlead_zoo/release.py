@@ -32,7 +32,8 @@ def train_family(seed: int, root: Path, names: tuple[str, ...]) -> dict[str, dic
     """Train every named stage into `root/NAME` unless it is there; returns recipe hash and training figures of each."""
     from fairlead.progress import bar
 
-    world, made = World(seed), {}
+    world = World(seed)
+    made: dict[str, dict[str, Any]] = {}
     with bar() as report:
         for name in names:
             stage, place = STAGES[name], root / name
