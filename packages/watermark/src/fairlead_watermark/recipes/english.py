@@ -1,7 +1,7 @@
 """Detection power on English text, and what resampling leaves of it: a small causal LM continues real openings.
 
 Answers of the audited chat model are a dozen predictable words, too few to test; here a text has 200 tokens of natural
-entropy. The reward (a registered one) is maximised over n = 1, 2, 4, 8 candidates of one generation.
+entropy. The reward (a registered one) is maximised over n = 1, 2, 4 candidates of one generation.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import torch
 from fairlead.generation import generate
 
 from .. import bounds
-from .closed_form import SIZES, best_of, chosen, keys
+from .closed_form import best_of, chosen, keys
 from .organism import UNMARKED
 
 MARKS = ("kgw", "gumbel", "modified-gumbel")
+SIZES = (1, 2, 4)
 FALSE_POSITIVE_RATE = 1e-3
 OPENINGS = (
     "The function returns", "This module provides", "If the argument is", "Return a new", "A string that", "When the file",
@@ -43,7 +44,7 @@ def measure(
         mark = make_mark("kgw" if name == UNMARKED else name, key, width)
         made = generate(
             model, tokenizer, OPENINGS, watermark=None if name == UNMARKED else mark, n=SIZES[-1], max_new_tokens=tokens, min_new_tokens=tokens,
-            seed=seed * 1000 + index, batch_size=160, return_logprobs=True,
+            seed=seed * 1000 + index, batch_size=80, return_logprobs=True,
         )  # fmt: skip
         for opening, group in zip(OPENINGS, made, strict=True):
             rewards.append(reward([opening] * len(group), [g.text for g in group]).tolist())

@@ -41,6 +41,20 @@ QUESTIONS = (
     "Explain how vaccines work.",
     "Write a short story about a lighthouse keeper.",
     "What are the advantages of public libraries?",
+    "How do I repair a flat bicycle tyre?",
+    "Why is the sea salty?",
+    "Plan a day trip for a family with two children.",
+    "What is the difference between a violin and a viola?",
+    "How do I keep a houseplant alive?",
+    "Explain how a fridge works.",
+    "Write a toast for a friend's wedding.",
+    "How are mountains formed?",
+    "What should I think about before adopting a dog?",
+    "How does the post find its way to my door?",
+    "Describe the sound of rain to somebody who cannot hear.",
+    "What are good habits for saving money?",
+    "Why do leaves change colour in autumn?",
+    "How can I sleep better?",
 )
 
 

@@ -218,7 +218,7 @@ def english_section(run: Run, marks: dict[str, dict[str, Any]], null: list[list[
     rows = [
         {
             "mark": LABELS[name],
-            **{f"detected, n = {n}": f"{m['power'][str(n)]:.1%}" for n in SIZES},
+            **{f"detected, n = {n}": f"{power:.1%}" for n, power in m["power"].items()},
             **{f"reward, n = {n}": f"{m['gap'][str(n)]:+.3f} ± {1.96 * m['se'][str(n)]:.3f}" for n in (1, 4)},
             "bound, n = 4": f"{m['bound']['4']:+.3f}",
             "perplexity": f"{m['perplexity']:.1f}",
