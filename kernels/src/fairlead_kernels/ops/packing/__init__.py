@@ -56,7 +56,8 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return PackedBatch(**{name: x.to(device) if torch.is_tensor(x) else x for name, x in values.items()})
+        moved: dict[str, Any] = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in values.items()}
+        return PackedBatch(**moved)
 
 
 def pack(

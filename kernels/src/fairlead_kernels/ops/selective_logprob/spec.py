@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ...opspec import REFERENCE, TRITON, C, CompileCase, Cost, Implementation, OpSpec, Sample
-from .reference import accumulator, selective_logprob as compute
+from .reference import accumulator
+from .reference import selective_logprob as compute
 
 HERE = "fairlead_kernels.ops.selective_logprob"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
