@@ -44,7 +44,7 @@ def tests(session: nox.Session) -> None:
     install(session, "hatchling")
     session.install("--no-deps", "--no-build-isolation", "./plugins/template")
     arguments = session.posargs or ["-n", "2", "--dist", "loadfile", "-q"]
-    session.run("pytest", *arguments, env={**ONE_THREAD, "FAIRLEAD_REAL_MODELS": "required"})
+    session.run("pytest", *arguments, env={**ONE_THREAD, "FAIRLEAD_REQUIRE_REAL_MODELS": "1"})
 
 
 @nox.session
