@@ -100,18 +100,25 @@ def test_the_keyed_uniforms_follow_the_published_words() -> None:
 
 
 def test_a_repeated_context_gets_a_free_token_with_dedup() -> None:
-    logits = torch.zeros(1, 50)
-    ids = torch.tensor([[7, 8, 9, 1, 7, 8, 9]])
-    keyed = Gumbel(vocab_size=50, key=1, context_width=3)
-    dedup = Gumbel(vocab_size=50, key=1, context_width=3, dedup_contexts="single_turn")
-    draws = {
-        int(dedup.sampler()(logits, ids, seeds_B=torch.tensor([s]), positions_B=torch.tensor([0]))) for s in range(30)
-    }
-    same = {int(keyed.sampler()(logits, ids, seeds_B=torch.tensor([s]), positions_B=torch.tensor([0]))) for s in range(30)}
-    assert len(same) == 1
-    assert len(draws) > 10
-    assert dedup.repeated(ids, 5) is not None
-    assert not bool(dedup.repeated(ids, 5).any())  # the earlier occurrence lies in the prompt of five tokens
+    logits, ids = torch.zeros(1, 50), torch.tensor([[7, 8, 9, 1, 7, 8, 9]])
+
+    def draws(dedup: str | None, answer: int) -> int:
+        """Different tokens over 30 seeds when the last `answer` ids are the answer."""
+        sample = Gumbel(vocab_size=50, key=1, context_width=3, dedup_contexts=dedup).sampler()
+        seeds = [torch.tensor([s]) for s in range(30)]
+        return len({int(sample(logits, ids, seeds_B=s, positions_B=torch.tensor([answer]))) for s in seeds})
+
+    assert draws(None, 7) == 1
+    assert draws("single_turn", 7) > 10
+    assert draws("single_turn", 2) == 1  # the earlier occurrence lies in the prompt of five tokens
+    assert draws("all", 2) > 10
+
+
+def test_the_processor_dedups_from_the_prompt_length_on() -> None:
+    logits, ids = torch.randn(1, 50), torch.tensor([[7, 8, 9, 1, 7, 8, 9]])
+    mark = Gumbel(vocab_size=50, key=1, context_width=3, dedup_contexts="single_turn")
+    assert torch.equal(mark.processor(prompt_length=0)(ids, logits), logits)
+    assert int((mark.processor(prompt_length=5)(ids, logits) > -torch.inf).sum()) == 1
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0])

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -30,18 +31,40 @@ def hide_padding(ids_BT: torch.Tensor, pad_token_id: int | None) -> torch.Tensor
     return ids_BT.masked_fill(~begun_BT, MISSING)
 
 
-def repeats(ids_BT: torch.Tensor, width: int, start: int = 0) -> torch.Tensor:
-    """Whether the next token's context stood before an earlier token at position >= start of the row: bool [B]."""
+def answers(ids_BT: torch.Tensor, start: int | torch.Tensor) -> torch.Tensor:
+    """The ids with everything before column `start` (one number, or one per row) hidden as -1."""
+    before_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) < _per_row(start)
+    return ids_BT.masked_fill(before_BT, MISSING)
+
+
+def repeats(ids_BT: torch.Tensor, width: int, start: int | torch.Tensor = 0) -> torch.Tensor:
+    """Whether the next token's context stood before an earlier token in a column >= start (one number, or int64 [B])
+    of the row: bool [B]."""
     length = ids_BT.shape[1]
-    first = max(start, width)
+    first = max(int(start) if not isinstance(start, torch.Tensor) else int(start.min()) if len(start) else 0, width)
     if length <= first or width == 0:
-        return torch.full((ids_BT.shape[0],), width == 0 and length > start, device=ids_BT.device)
+        earlier = torch.as_tensor(start, device=ids_BT.device) < length
+        return (earlier & (width == 0)).expand(ids_BT.shape[0])
     context_BH = ids_BT[:, length - width :]
     # Window j - width .. j - 1 is the context of token j, for first <= j < length.
     same_BT = torch.ones((ids_BT.shape[0], length - first), dtype=torch.bool, device=ids_BT.device)
     for offset in range(width):
         same_BT &= ids_BT[:, first - width + offset : length - width + offset] == context_BH[:, offset, None]
+    if isinstance(start, torch.Tensor):
+        same_BT &= torch.arange(first, length, device=ids_BT.device) >= _per_row(start)
     return same_BT.any(1)
+
+
+def _per_row(start: int | torch.Tensor) -> int | torch.Tensor:
+    return start[:, None] if isinstance(start, torch.Tensor) else start
+
+
+def as_tensor(values: Any, name: str) -> torch.Tensor:
+    """A tensor of numbers in any form; InputError when the form is ragged or holds something else."""
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"{name}: a tensor or rectangular nested list of numbers is needed, got {type(values).__name__}") from None
 
 
 @dataclass(frozen=True)
@@ -66,11 +89,11 @@ class Texts:
 
 def texts(ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_size: int) -> Texts:
     """Check ids [B, T] (or [T]) and move every row's tokens to the left. InputError for ids outside the vocabulary,
-    shapes that do not fit, and ids that are no integers."""
-    ids = torch.as_tensor(ids)
+    shapes that do not fit, ids that are no integers, and a mask with a gap inside a row."""
+    ids = as_tensor(ids, "ids")
     if ids.dim() == 1:
         ids = ids[None]
-        attention_mask = None if attention_mask is None else torch.as_tensor(attention_mask).reshape(1, -1)
+        attention_mask = None if attention_mask is None else as_tensor(attention_mask, "attention_mask").reshape(1, -1)
     if ids.dim() != 2 or ids.dtype.is_floating_point or ids.dtype == torch.bool:
         if ids.dim() == 2 and ids.numel() == 0:
             ids = ids.to(torch.int64)
@@ -80,7 +103,7 @@ def texts(ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_size: in
     if attention_mask is None:
         real_BT = torch.ones_like(ids, dtype=torch.bool)
     else:
-        real_BT = torch.as_tensor(attention_mask).to(ids.device).bool()
+        real_BT = as_tensor(attention_mask, "attention_mask").to(ids.device).bool()
         if real_BT.shape != ids.shape:
             raise InputError(f"attention_mask: shape {list(ids.shape)} of the ids is needed, got {list(real_BT.shape)}")
     outside_BT = real_BT & ((ids < 0) | (ids >= vocab_size))
@@ -94,6 +117,10 @@ def texts(ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_size: in
         columns_BT = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         lengths_B = torch.full((ids.shape[0],), ids.shape[1], dtype=torch.int64, device=ids.device)
         return Texts(ids, lengths_B, columns_BT, ids.shape)
+    begins_B = (real_BT & ~torch.nn.functional.pad(real_BT[:, :-1], (1, 0))).sum(1)
+    if bool((begins_B > 1).any()):
+        row = int((begins_B > 1).nonzero()[0])
+        raise InputError(f"attention_mask: row {row} has a gap between tokens; padding may stand on either side alone")
     order_BT = (~real_BT).to(torch.int8).sort(dim=1, stable=True).indices
     aligned_BT = ids.masked_fill(~real_BT, MISSING).gather(1, order_BT)
     return Texts(aligned_BT, real_BT.sum(1), order_BT, ids.shape)

@@ -13,25 +13,17 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from fairlead.errors import ConfigError
 from fairlead.kinds import TokenSampler
 
 from . import contexts, detection
 from .contexts import Texts
-from .mark import Dedup, Mark, MarkConfig, Score
+from .mark import Dedup, Mark, MarkConfig, Score, as_input_errors, check_options
 
 
 class GumbelConfig(MarkConfig):
     """Settings of the Gumbel watermark."""
 
     context_width: int = Field(4, ge=1, le=64, description="tokens before the candidate that seed the noise")
-
-
-def check_temperature(temperature: float, scheme: str) -> float:
-    """ConfigError for a temperature that cannot carry the mark."""
-    if not temperature > 0:
-        raise ConfigError(f"{scheme}: temperature must be above 0 (greedy text has no room for the mark), got {temperature}")
-    return temperature
 
 
 class Gumbel(Mark):
@@ -47,11 +39,11 @@ class Gumbel(Mark):
 
     def processor(  # type: ignore[override]
         self, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-        min_p: float | None = None, prompt_length: int = 0, pad_token_id: int | None = None,
+        min_p: float | None = None, prompt_length: int | None = None, pad_token_id: int | None = None,
     ) -> Any:  # fmt: skip
         """Leaves the chosen token alone finite. Give temperature, top_k, top_p and min_p here: `generate` puts its own
         after custom processors, where they no longer change the choice."""
-        check_temperature(temperature, self.name)
+        check_options(self.name, temperature, top_k, top_p, min_p)
         return super().processor(
             prompt_length=prompt_length, pad_token_id=pad_token_id, temperature=temperature, top_k=top_k, top_p=top_p,
             min_p=min_p,
@@ -64,24 +56,27 @@ class Gumbel(Mark):
     def _choose(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor, **options: Any) -> torch.Tensor:
         from fairlead_kernels import gumbel_sample
 
-        return gumbel_sample(logits_BV, contexts.last(ids_BT, self.width), key=self.config.key.reveal(), **options)
+        with as_input_errors():
+            return gumbel_sample(logits_BV, contexts.last(ids_BT, self.width), key=self.config.key.reveal(), **options)
 
     def sampler(  # type: ignore[override]
         self, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-        min_p: float | None = None, prompt_length: int = 0,
+        min_p: float | None = None, prompt_length: int | None = None,
     ) -> TokenSampler:  # fmt: skip
         """Temperature, truncation and the keyed draw in one pass; repeated contexts (dedup_contexts) draw freely."""
         from fairlead.generation import PlainSampler
 
-        options = {"temperature": check_temperature(temperature, self.name), "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        check_options(self.name, temperature, top_k, top_p, min_p)
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         plain = PlainSampler(temperature, top_k, top_p, min_p)
 
         def sample(
             logits_BV: torch.Tensor, ids_BT: torch.Tensor, *, seeds_B: torch.Tensor, positions_B: torch.Tensor
         ) -> torch.Tensor:
             self.check_logits(logits_BV)
-            chosen_B = self._choose(ids_BT, logits_BV, **options)
-            repeated_B = self.repeated(ids_BT, prompt_length)
+            start = self.answer_start(prompt_length, ids_BT, positions_B)
+            chosen_B = self._choose(self.visible(ids_BT, start), logits_BV, **options)
+            repeated_B = self.repeated(self.visible(ids_BT, start), start)
             if repeated_B is None or not bool(repeated_B.any()):
                 return chosen_B
             free_B = plain(logits_BV, ids_BT, seeds_B=seeds_B, positions_B=positions_B)
@@ -94,7 +89,7 @@ class Gumbel(Mark):
 
         return gumbel_score(
             texts.ids_BT, texts.lengths_B, key=self.config.key.reveal(), context_width=self.width, dedup=dedup,
-            context_BH=context_BH,
+            context_BH=context_BH, pad_left=self.config.context_from == "answer",
         )  # fmt: skip
 
     def _test(self, statistic_B: torch.Tensor, scored_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ Deviation: lefthash hashes the last `context_width` tokens, where the first pape
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, Protocol
 
 import torch
@@ -19,7 +20,7 @@ from fairlead.kinds import TokenSampler
 
 from . import contexts, detection
 from .contexts import Texts
-from .mark import Dedup, Mark, MarkConfig, Score
+from .mark import Dedup, Mark, MarkConfig, Score, as_input_errors, check_options
 
 SchemeName = Literal["lefthash", "minhash", "selfhash", "hf-lefthash", "hf-selfhash"]
 _DEFAULT_WIDTH = {"lefthash": 1, "minhash": 4, "selfhash": 4, "hf-lefthash": 1, "hf-selfhash": 4}
@@ -90,7 +91,7 @@ class CounterLists:
         c = self._config
         return green_count(
             texts.ids_BT, texts.lengths_B, key=c.key.reveal(), gamma=c.gamma, context_width=c.context_width,
-            scheme=c.scheme, dedup=dedup, context_BH=context_BH,
+            scheme=c.scheme, dedup=dedup, context_BH=context_BH, pad_left=c.context_from == "answer",
         )  # fmt: skip
 
 
@@ -113,23 +114,29 @@ class KGW(Mark):
         self.width = self._lists.width
 
     def _process(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor, **options: Any) -> torch.Tensor:
-        return self._lists.bias(ids_BT, logits_BV, self.config.delta)
+        marked_BV = self._lists.bias(ids_BT, logits_BV, self.config.delta)
+        if math.isinf(self.config.delta):  # a row whose green tokens are all forbidden already keeps its red ones
+            marked_BV = torch.where((marked_BV == -math.inf).all(1, keepdim=True), logits_BV, marked_BV)
+        return marked_BV
 
     def sampler(  # type: ignore[override]
         self, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-        min_p: float | None = None, prompt_length: int = 0,
+        min_p: float | None = None, prompt_length: int | None = None,
     ) -> TokenSampler:  # fmt: skip
         """Bias, then temperature (so the bonus is delta / temperature), truncation and the draw; temperature 0 takes the
         best biased token."""
         from fairlead.generation import PlainSampler
 
+        check_options(self.name, temperature, top_k, top_p, min_p, greedy=True)
         draw = PlainSampler(temperature, top_k, top_p, min_p)
 
         def sample(
             logits_BV: torch.Tensor, ids_BT: torch.Tensor, *, seeds_B: torch.Tensor, positions_B: torch.Tensor
         ) -> torch.Tensor:
-            marked_BV = self._call(prompt_length, None, {}, ids_BT, logits_BV)
-            return draw(marked_BV, ids_BT, seeds_B=seeds_B, positions_B=positions_B)
+            start = self.answer_start(prompt_length, ids_BT, positions_B)
+            marked_BV = self._call(start, None, {}, ids_BT, logits_BV)
+            with as_input_errors():
+                return draw(marked_BV, ids_BT, seeds_B=seeds_B, positions_B=positions_B)
 
         return sample
 

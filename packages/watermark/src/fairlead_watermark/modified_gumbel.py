@@ -7,13 +7,16 @@ plain Gumbel. Not distortion-free. Detection is Gumbel's: it looks at u of the e
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from pydantic import Field
 
 from fairlead.kinds import TokenSampler
 
 from . import contexts
-from .gumbel import Gumbel, GumbelConfig, check_temperature
+from .gumbel import Gumbel, GumbelConfig
+from .mark import as_input_errors, check_options
 
 
 class ModifiedGumbelConfig(GumbelConfig):
@@ -25,7 +28,7 @@ class ModifiedGumbelConfig(GumbelConfig):
 class ModifiedGumbel(Gumbel):
     """Sampling from the keyed scores."""
 
-    Config = ModifiedGumbelConfig
+    Config = ModifiedGumbelConfig  # type: ignore[assignment]
     config: ModifiedGumbelConfig  # type: ignore[assignment]
     name = "modified-gumbel"
 
@@ -33,34 +36,40 @@ class ModifiedGumbel(Gumbel):
         self, ids_BT: torch.Tensor, logits_BV: torch.Tensor, *, temperature: float = 1.0, top_k: int | None = None,
         top_p: float | None = None, min_p: float | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """Log-weights ln(u_v) / (p_v tau). In `generate`, leave its own temperature at 1 and its top_k, top_p off."""
+        """Log-weights ln(u_v) / (p_v tau), from which `generate` draws with its own, fresh noise: do_sample=True, and
+        its own temperature at 1, its top_k and top_p off."""
         from fairlead_kernels import gumbel_uniform
 
         kept_BV = truncated(logits_BV.float() / temperature, top_k, top_p, min_p)
         u_BV = gumbel_uniform(contexts.last(ids_BT, self.width), logits_BV.shape[1], key=self.config.key.reveal())
         weights_BV = u_BV.log() / (kept_BV.softmax(-1) * self.config.tau)
-        return weights_BV.to(logits_BV.dtype)
+        # The largest weight is -Exp(1) / tau whatever the probabilities are: moved to 0, no tau and no dtype loses it.
+        return (weights_BV - weights_BV.amax(-1, keepdim=True)).to(logits_BV.dtype)
 
     def sampler(  # type: ignore[override]
         self, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-        min_p: float | None = None, prompt_length: int = 0,
+        min_p: float | None = None, prompt_length: int | None = None,
     ) -> TokenSampler:  # fmt: skip
         """Keyed log-weights, then a free draw; repeated contexts (dedup_contexts) draw from the model itself."""
         from fairlead.generation import PlainSampler
 
-        options: dict[str, Any] = {"temperature": check_temperature(temperature, self.name), "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        check_options(self.name, temperature, top_k, top_p, min_p)
+        options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         draw = PlainSampler()
 
         def sample(
             logits_BV: torch.Tensor, ids_BT: torch.Tensor, *, seeds_B: torch.Tensor, positions_B: torch.Tensor
         ) -> torch.Tensor:
             self.check_logits(logits_BV)
-            weights_BV = self._process(ids_BT, logits_BV.float(), **options)
-            repeated_B = self.repeated(ids_BT, prompt_length)
+            start = self.answer_start(prompt_length, ids_BT, positions_B)
+            seen_BT = self.visible(ids_BT, start)
+            weights_BV = self._process(seen_BT, logits_BV.float(), **options)
+            repeated_B = self.repeated(seen_BT, start)
             if repeated_B is not None:
                 plain_BV = truncated(logits_BV.float() / temperature, top_k, top_p, min_p)
                 weights_BV = torch.where(repeated_B[:, None], plain_BV, weights_BV)
-            return draw(weights_BV, ids_BT, seeds_B=seeds_B, positions_B=positions_B)
+            with as_input_errors():
+                return draw(weights_BV, ids_BT, seeds_B=seeds_B, positions_B=positions_B)
 
         return sample
 
