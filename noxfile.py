@@ -75,7 +75,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation strictly, and check that generated parts are current."""
-    install_house(session, "mkdocs-material", "pyyaml")
+    install_house(session, "mkdocs-material", "latex2mathml", "pyyaml")
     session.run("python", "docs/generate.py", *(session.posargs or ["--check"]), env=ONE_THREAD)
     session.run("mkdocs", "build", "--strict", "--site-dir", str(Path(session.create_tmp()) / "site"))
 
