@@ -178,21 +178,36 @@ class PlainSampler:
     def __init__(
         self, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
     ) -> None:
-        if temperature < 0:
-            raise InputError(f"temperature: must be at least 0, got {temperature}")
+        check_sampling(temperature, top_k, top_p, min_p)
         self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
 
     def __call__(
         self, logits_BV: torch.Tensor, ids_BT: torch.Tensor, *, seeds_B: torch.Tensor, positions_B: torch.Tensor
     ) -> torch.Tensor:
         if self.temperature == 0:
-            return logits_BV.argmax(-1)
+            best_B, ids_B = logits_BV.max(-1)
+            if bool(best_B.isnan().any()):
+                raise InputError(f"logits_BV: row {int(best_B.isnan().nonzero()[0])} has NaN, so no token can be chosen")
+            return ids_B
         from fairlead_kernels import gumbel_sample
 
         return gumbel_sample(
             logits_BV, seeds=seeds_B, positions=positions_B, temperature=self.temperature, top_k=self.top_k,
             top_p=self.top_p, min_p=self.min_p,
         )  # fmt: skip
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> None:
+    """InputError for a value outside its range."""
+    for name, value, low, high in (
+        ("temperature", temperature, 0.0, float("inf")), ("top_k", top_k, 1, float("inf")), ("min_p", min_p, 0.0, 1.0),
+        ("top_p", top_p, 0.0, 1.0),
+    ):  # fmt: skip
+        if value is None:
+            continue
+        if not low <= value <= high or value == float("inf") or (name == "top_p" and value == 0):
+            allowed = "above 0 and at most 1" if name == "top_p" else f"at least {low:g}" + ("" if high > 1 else " and at most 1")
+            raise InputError(f"{name}: must be {allowed}, got {value}")
 
 
 def generate(
@@ -217,8 +232,9 @@ def generate(
     """
     if n < 1 or max_new_tokens < 1:
         raise InputError(f"n and max_new_tokens must be at least 1, got n={n}, max_new_tokens={max_new_tokens}")
+    check_sampling(temperature, top_k, top_p, min_p)
     encoded = [encode(tokenizer, prompt, first_index + i) for i, prompt in enumerate(prompts)]
-    _check_lengths(model, encoded, max_new_tokens, first_index)
+    check_lengths(model, encoded, max_new_tokens, first_index)
     if sampler is None:
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         sampler = PlainSampler(**options) if watermark is None else watermark.sampler(**options)  # type: ignore[arg-type]
@@ -277,7 +293,12 @@ def _roll(
         if processor is not None:
             seen = engine.ids_BT.masked_fill(engine.ids_BT == PADDING, pad_token)
             logits = processor(seen, logits.float().clone())
-        tokens = sampler(logits, engine.ids_BT, seeds_B=seeds_B[here], positions_B=positions)
+        try:
+            tokens = sampler(logits, engine.ids_BT, seeds_B=seeds_B[here], positions_B=positions)
+        except InputError:
+            raise
+        except ValueError as error:  # a kernel's word about the model's logits: NaN, say
+            raise InputError(f"token {step}: {error}") from error
         answers[here, step] = torch.where(alive, tokens, PADDING)
         if temperature is not None:
             logprobs[here, step] = _chosen_logprob(engine.logits_BV, tokens, temperature)
@@ -341,7 +362,7 @@ def _seeds(seed: int, prompts: Sequence[int], n: int) -> torch.Tensor:
     return torch.tensor(found, dtype=torch.int64)
 
 
-def _check_lengths(model: Any, encoded: Sequence[torch.Tensor], room: int, first_index: int) -> None:
+def check_lengths(model: Any, encoded: Sequence[torch.Tensor], room: int, first_index: int) -> None:
     """InputError for a prompt that leaves no place for `room` tokens among the model's positions."""
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     for i, ids in enumerate(encoded):

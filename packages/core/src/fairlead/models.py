@@ -67,6 +67,13 @@ def load(name: str | os.PathLike[str], device: Any = None, dtype: Any = None) ->
     return model.to(device).eval(), load_tokenizer(name)
 
 
+def logits_width(model: Any) -> int:
+    """Width of the model's logits, padding rows of the head included: the `vocab_size` of a watermark."""
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    return int(model.config.get_text_config().vocab_size if weight is None else weight.shape[0])
+
+
 def _unavailable(name: str | os.PathLike[str], what: str, error: Exception) -> DataUnavailableError:
     cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return DataUnavailableError(f"{os.fspath(name)}: no {what} to be had: {cause}")

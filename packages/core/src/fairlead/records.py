@@ -1,7 +1,7 @@
 """Rows in and out of files, streaming: JSONL, Parquet, plain text (a document per line), stdin.
 
-A broken JSONL line is named with its number and cause; good lines are kept. Output grows line by line (JSONL) and can be
-resumed: a torn last line of a killed process is cut off. Parquet is written whole at the end, by row groups.
+A broken line is named with its number and cause; good lines are kept. Output grows by whole lines and can be resumed: a
+torn last line of a killed process is cut off. Parquet is made from those lines at the end, by row groups.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -18,17 +18,33 @@ from typing import IO, Any, Literal
 from .errors import InputError
 from .files import atomic_write
 
-Row = dict[str, Any]
 BadLines = Literal["raise", "skip"]
 ROW_GROUP = 4096
+SHOWN = 20
 
 
-class Skipped(list[str]):
-    """What was left out while reading, one line of text each."""
+class Row(dict[str, Any]):
+    """A row, which knows where it stood: `where` reads "FILE: line N"."""
+
+    where: str = ""
+
+
+class Skipped:
+    """What was left out while reading: how many lines (`count`), and what was wrong with the first of them (`lines`)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.lines: list[str] = []
+
+    def add(self, message: str) -> None:
+        """Note one line; only the first are kept, so that memory does not grow with the file."""
+        self.count += 1
+        if len(self.lines) < SHOWN:
+            self.lines.append(message)
 
 
 def kind_of(path: str | Path) -> str:
-    """"jsonl", "parquet" or "text", by the file's name; "-" is stdin and read by its content."""
+    """ "jsonl", "parquet" or "text", by the file's name."""
     suffix = Path(path).suffix.lower()
     if suffix in (".jsonl", ".json", ".ndjson"):
         return "jsonl"
@@ -36,22 +52,23 @@ def kind_of(path: str | Path) -> str:
 
 
 def read(path: str | Path, bad_lines: BadLines = "raise", skipped: Skipped | None = None) -> Iterator[Row]:
-    """Rows of a file one by one; memory does not grow with it. Text lines become {"text": line}.
+    """Rows of a file one by one; memory does not grow with it. Text lines become {"text": line}, blank ones are left out.
 
-    bad_lines: "raise" stops at the first broken JSONL line with an InputError that names it, "skip" notes it in
-    `skipped` and goes on. Raises InputError for files that are missing, unreadable or of another format.
+    path: "-" is stdin, which is JSONL when its first line begins with "{" and text otherwise.
+    bad_lines: "raise" stops at the first broken line with an InputError that names it, "skip" notes it in `skipped` and
+    goes on. Raises InputError for files that are missing, unreadable or of another format.
     """
     if str(path) == "-":
-        yield from _stream(sys.stdin, "stdin", None, bad_lines, skipped)
+        yield from _lines(sys.stdin.buffer, "stdin", None, bad_lines, skipped)
         return
     target = Path(path)
     kind = kind_of(target)
-    if kind == "parquet":
-        yield from _parquet(target)
-        return
     try:
-        with open(target, encoding="utf-8", newline="\n") as stream:
-            yield from _stream(stream, str(target), kind, bad_lines, skipped)
+        if kind == "parquet":
+            yield from _parquet(target)
+            return
+        with open(target, "rb") as stream:
+            yield from _lines(stream, str(target), kind, bad_lines, skipped)
     except FileNotFoundError:
         raise InputError(f"{target}: no such file") from None
     except IsADirectoryError:
@@ -60,50 +77,50 @@ def read(path: str | Path, bad_lines: BadLines = "raise", skipped: Skipped | Non
         raise InputError(f"{target}: cannot be read (permission denied)") from None
 
 
-def _stream(
-    stream: IO[str], name: str, kind: str | None, bad_lines: BadLines, skipped: Skipped | None
+def batches(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` rows, the last one shorter."""
+    iterator = iter(rows)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def _lines(
+    stream: Iterable[bytes], name: str, kind: str | None, bad_lines: BadLines, skipped: Skipped | None
 ) -> Iterator[Row]:
-    number = 0
-    lines = iter(stream)
-    while True:
-        number += 1
-        try:
-            line = next(lines)
-        except StopIteration:
-            return
-        except UnicodeDecodeError:
-            raise InputError(f"{name}: line {number} or after is not UTF-8 text") from None
-        line = line.rstrip("\r\n")
+    for number, line in enumerate(stream, 1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
         if not line.strip():
             continue
-        if kind is None:  # stdin shows what it is by its first line
-            kind = "jsonl" if line.lstrip().startswith("{") else "text"
-        if kind == "text":
-            yield {"text": line}
-            continue
+        if kind is None:
+            kind = "jsonl" if line.lstrip().startswith(b"{") else "text"
         try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError(f"a JSON object is needed, this is a {type(row).__name__}")
+            row = Row(_parse(line) if kind == "jsonl" else {"text": line.decode("utf-8").rstrip("\r\n")})
         except (ValueError, RecursionError) as error:
-            message = f"{name}: line {number} is no JSON object ({_cause(error)})"
+            message = f"{name}: line {number} is broken ({_cause(error)})"
             if bad_lines == "raise":
                 raise InputError(message) from None
             if skipped is not None:
-                skipped.append(message)
+                skipped.add(message)
             continue
+        row.where = f"{name}: line {number}"
         yield row
 
 
-def batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
-    """Lists of `size` rows, the last one shorter."""
-    while batch := list(islice(rows, size)):
-        yield batch
+def _parse(line: bytes) -> dict[str, Any]:
+    row = json.loads(line.decode("utf-8"))
+    if not isinstance(row, dict):
+        raise ValueError(f"a JSON object is needed, this is a {type(row).__name__}")
+    return row
 
 
 def _cause(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg}, column {error.colno}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 at byte {error.start + 1}"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
@@ -111,86 +128,94 @@ def _parquet(path: Path) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    number = 0
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(ROW_GROUP):
-                yield from batch.to_pylist()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (pa.ArrowInvalid, OSError) as error:
+                for content in batch.to_pylist():
+                    number += 1
+                    row = Row(content)
+                    row.where = f"{path}: row {number}"
+                    yield row
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
 
 
 class Writer:
-    """Append rows to a JSONL file (or collect them for a Parquet file, written atomically on close).
+    """Append rows to a JSONL file; for Parquet, to PATH.part.jsonl, from which the file is made when all is done.
 
-    resume=True keeps the whole lines that a stopped process left, `done` says how many, and cuts a torn last one.
-    Without it, or force, an existing file is an InputError. Every row is flushed: a kill loses none that was written.
+    resume=True keeps the whole lines that a stopped process left (`done` says how many, `last` is the last of them), cut to
+    a multiple of `group`, and removes a torn last line. Without it, or force, an existing file is an InputError.
+    A row is written whole or, on any failure (a full disk, Ctrl-C), not at all; a kill loses none that was written.
+    path "-" is stdout.
     """
 
-    def __init__(self, path: str | Path, *, resume: bool = False, force: bool = False) -> None:
+    def __init__(self, path: str | Path, *, resume: bool = False, force: bool = False, group: int = 1) -> None:
         self.path = str(path)
         self.done = 0
-        self._stream: IO[str] | None = None
-        self._parquet: Any = None
-        self._rows: list[Row] = []
+        self.last: dict[str, Any] | None = None
+        self._stream: IO[bytes] | None = None
+        self._is_parquet = False
         if self.path == "-":
-            self._stream = sys.stdout
+            if resume:
+                raise InputError("--resume: needs an output file, stdout cannot be taken up again")
             return
         target = Path(path)
         if kind_of(target) == "text":
             raise InputError(f"{target}: output must be .jsonl or .parquet")
         self._is_parquet = kind_of(target) == "parquet"
-        working = target.with_name(target.name + ".part.jsonl") if self._is_parquet else target
-        for there in {target, working}:
+        self._working = target.with_name(target.name + ".part.jsonl") if self._is_parquet else target
+        for there in (target, self._working):
             if there.exists() and not (resume or force):
                 raise InputError(f"{there}: exists; --resume goes on with it, --force replaces it")
-        if self._is_parquet and resume and target.exists() and not working.exists():
+        if self._is_parquet and resume and target.exists() and not self._working.exists():
             raise InputError(f"{target}: is finished; --force makes it anew")
-        self._working = working
-        if resume and working.exists():
-            self.done = _mend(working)
-        elif working.exists():
-            working.unlink()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = open(working, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 - closed by close()
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if resume and self._working.exists():
+                self.done, self.last = _mend(self._working, group)
+            elif self._working.exists():
+                self._working.unlink()
+            self._stream = open(self._working, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+        except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+            raise InputError(f"{target}: cannot be written ({error.strerror})") from None
 
-    def write(self, row: Row) -> None:
+    def write(self, row: dict[str, Any]) -> None:
         """Append one row."""
-        assert self._stream is not None
-        self._stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._stream.flush()
+        line = json.dumps(row, ensure_ascii=False, default=str) + "\n"
+        try:
+            data = line.encode("utf-8")
+        except UnicodeEncodeError:  # half a surrogate pair, which JSON can name and UTF-8 cannot hold
+            data = (json.dumps(row, default=str) + "\n").encode("ascii")
+        if self.path == "-":
+            sys.stdout.write(data.decode("utf-8"))
+            sys.stdout.flush()
+        else:
+            self._append(data)
         self.done += 1
+
+    def _append(self, data: bytes) -> None:
+        assert self._stream is not None
+        start = self._stream.seek(0, 2)
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[self._stream.write(rest) :]
+        except BaseException:
+            self._stream.truncate(start)
+            raise
 
     def close(self, finished: bool = True) -> None:
         """Close; a Parquet file comes into being when `finished`."""
-        if self._stream is None or self._stream is sys.stdout:
+        if self._stream is None:
             return
         self._stream.close()
         self._stream = None
         if finished and self._is_parquet:
-            self._convert()
-
-    def _convert(self) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        with atomic_write(self.path, "wb") as stream:
-            writer: Any = None
-            group: list[Row] = []
-            for row in _chain_end(read(self._working)):
-                if row is not None:
-                    group.append(row)
-                if group and (row is None or len(group) == ROW_GROUP):
-                    table = pa.Table.from_pylist(group, schema=None if writer is None else writer.schema)
-                    writer = writer or pq.ParquetWriter(stream, table.schema)
-                    writer.write_table(table)
-                    group = []
-            if writer is None:
-                pq.write_table(pa.table({}), stream)
-            else:
-                writer.close()
-        self._working.unlink()
+            _convert(self._working, self.path)
+            self._working.unlink()
 
     def __enter__(self) -> Writer:
         return self
@@ -199,27 +224,54 @@ class Writer:
         self.close(finished=kind is None)
 
 
-def _chain_end(rows: Iterator[Row]) -> Iterator[Row | None]:
-    yield from rows
-    yield None
+def _convert(lines: Path, target: str) -> None:
+    """JSONL to Parquet in two passes: the first finds the types of all columns, the second writes row groups."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        schema = pa.schema([])
+        for group in batches(read(lines), ROW_GROUP):
+            found = pa.Table.from_pylist([dict(row) for row in group], schema=_columns(group)).schema
+            schema = pa.unify_schemas([schema, found], promote_options="permissive")
+        with atomic_write(target, "wb") as stream, pq.ParquetWriter(stream, schema) as writer:
+            for group in batches(read(lines), ROW_GROUP):
+                writer.write_table(pa.Table.from_pylist([dict(row) for row in group], schema=schema))
+    except pa.ArrowException as error:
+        cause = str(error).splitlines()[0]
+        raise InputError(f"{target}: a column does not fit Parquet ({cause}); all rows are in {lines}") from None
 
 
-def _mend(path: Path) -> int:
-    """Cut a torn last line off a JSONL file; the number of whole lines."""
+def _columns(rows: list[Row]) -> Any:
+    """Types of the columns of some rows (Arrow alone would look at the first row's columns only)."""
+    import pyarrow as pa
+
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.schema([(name, pa.array([row.get(name) for row in rows]).type) for name in names])
+
+
+def _mend(path: Path, group: int) -> tuple[int, dict[str, Any] | None]:
+    """Cut a torn last line, and rows of an unfinished group, off a JSONL file; (whole lines, the last row)."""
     whole, end = 0, 0
+    kept: tuple[int, int, dict[str, Any] | None] = (0, 0, None)
     with open(path, "rb") as stream:
-        for line in stream:
-            if not line.endswith(b"\n"):
-                break
+        for number, line in enumerate(stream, 1):
             try:
-                json.loads(line)
-            except ValueError:
+                row = _parse(line) if line.endswith(b"\n") else None
+            except (ValueError, RecursionError) as error:
+                if stream.read(1):
+                    raise InputError(f"{path}: line {number} is broken ({_cause(error)}); mend or remove it, then --resume") from None
+                row = None
+            if row is None:
                 break
             whole, end = whole + 1, end + len(line)
+            if whole % group == 0:
+                kept = (whole, end, row)
+    count, end, last = kept
     if end < path.stat().st_size:
         with open(path, "r+b") as stream:
             stream.truncate(end)
-    return whole
+    return count, last
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

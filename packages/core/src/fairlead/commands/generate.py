@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from itertools import chain
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import InputError
-from .marks import build, profile_path, save_profile, watermark_options
+from .marks import bad_lines_option, build, load_profile, profile_path, report_skipped, save_profile, watermark_options
+
+if TYPE_CHECKING:
+    from ..kinds import WatermarkProfile
+    from ..records import Row, Skipped
 
 
 @click.command()
@@ -18,105 +23,198 @@ from .marks import build, profile_path, save_profile, watermark_options
 @click.option("--model", required=True, help="Folder, hub id or zoo:NAME of a causal language model.")
 @click.option("--out", default="-", show_default=True, help="Output .jsonl or .parquet file; - is stdout.")
 @watermark_options
+@click.option("--reward", default=None, help="Registered reward that chooses among --best-of candidates.")
+@click.option("--best-of", default=4, show_default=True, help="Candidates per prompt for --reward.")
 @click.option("--field", default=None, help="Column of the prompts (default: prompt, then messages, then text).")
 @click.option("--chat/--no-chat", default=None, help="Wrap string prompts as a user's turn (default: where the model has a chat template).")
 @click.option("-n", "n", default=1, show_default=True, help="Answers per prompt.")
 @click.option("--max-new-tokens", default=128, show_default=True)
-@click.option("--temperature", default=1.0, show_default=True)
+@click.option("--temperature", default=1.0, show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-k", type=int, default=None)
 @click.option("--top-p", type=float, default=None)
 @click.option("--min-p", type=float, default=None)
 @click.option("--seed", default=0, show_default=True)
-@click.option("--batch-size", default=16, show_default=True, help="Prompts read and generated at a time.")
-@click.option("--bad-lines", type=click.Choice(["raise", "skip"]), default="raise", show_default=True, help="What a broken input line does.")
+@click.option("--batch-size", default=32, show_default=True, help="Answers generated at a time.")
+@bad_lines_option
 @click.option("--resume", is_flag=True, help="Go on with an output file that was stopped.")
 @click.option("--force", is_flag=True, help="Replace an existing output file.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON summary.")
 def generate(
-    prompts: str, model: str, out: str, name: str | None, settings: tuple[str, ...], key_file: Path | None, field: str | None,
-    chat: bool | None, n: int, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None,
-    min_p: float | None, seed: int, batch_size: int, bad_lines: Any, resume: bool, force: bool, as_json: bool,
+    prompts: str, model: str, out: str, name: str | None, settings: tuple[str, ...], key_file: Path | None, reward: str | None,
+    best_of: int, field: str | None, chat: bool | None, n: int, max_new_tokens: int, temperature: float, top_k: int | None,
+    top_p: float | None, min_p: float | None, seed: int, batch_size: int, bad_lines: str, resume: bool, force: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Generate answers to PROMPTS, a JSONL, Parquet or text file (- is stdin).
 
-    Each output row has prompt, text, ids, finished, seed and index. Answer i depends on the seed and on i alone, so a
-    resumed run gives the rows that an undisturbed one would have. With --watermark the settings that detection needs
-    are saved beside the output as FILE.profile.json; the key is not.
+    Each output row has prompt, text, ids, finished, seed, index and candidate. Answer i depends on the seed and on i alone,
+    so a resumed run gives the rows that an undisturbed one would have. What detection and --resume need is saved beside the
+    output as FILE.profile.json; the key is not.
     """
-    from .. import records
+    from .. import records, registry
     from ..generation import generate as run
-    from ..models import load
+    from ..models import load, logits_width, resolve
     from ..progress import bar
 
-    if n < 1 or batch_size < 1 or max_new_tokens < 1:
-        raise InputError("-n, --batch-size and --max-new-tokens must be at least 1")
+    if n < 1 or batch_size < 1 or max_new_tokens < 1 or best_of < 1:
+        raise InputError("-n, --best-of, --batch-size and --max-new-tokens must be at least 1")
     if name is None and (settings or key_file is not None):
         raise InputError("--set and --key-file belong to a watermark; name it with --watermark")
+    if reward is not None and n != 1:
+        raise InputError(f"--reward: returns the one best answer of --best-of {best_of}; leave -n {n} out")
+    judge = None if reward is None else registry.create("reward", reward)
+    if name is not None:
+        registry.get("watermark", name)
     skipped = records.Skipped()
-    rows = records.read(prompts, bad_lines, skipped)
+    rows = records.read(prompts if prompts == "-" else resolve(prompts), "raise" if bad_lines == "stop" else "skip", skipped)
     first = next(rows, None)  # a wrong path should be said before a model is loaded
     loaded, tokenizer = load(model)
-    mark = None
-    if name is not None:
-        mark = build(name, settings, key_file, loaded.get_output_embeddings().weight.shape[0])
-        if out != "-":
-            _keep_profile(Path(out), mark.profile(tokenizer), resume)
+    mark = None if name is None else build(name, settings, key_file, logits_width(loaded))
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    if mark is not None:
+        mark.sampler(**options)  # says now what it would say at the first token
+    draws = n if judge is None else best_of
+    told = {"model": model, "n": n, "max_new_tokens": max_new_tokens, **options, "seed": seed, "field": field, "chat": chat}
+    told |= {} if judge is None else {"reward": reward, "best_of": best_of}
+    per_batch = max(1, batch_size // draws)
     wraps = bool(tokenizer.chat_template) if chat is None else chat
-    with records.Writer(out, resume=resume, force=force) as writer, bar() as shown:
+    asked: Iterator[tuple[Row, Any]] = _asked(chain([] if first is None else [first], rows), field, wraps, _limit(loaded, tokenizer, max_new_tokens), skipped, bad_lines)
+    head = next(asked, None)  # wrong columns should be said before a file is made
+    asked = chain([] if head is None else [head], asked)
+    with records.Writer(out, resume=resume, force=force, group=n) as writer, bar() as shown:
         start = writer.done // n
-        if writer.done % n:
-            raise InputError(f"{out}: holds {writer.done} rows, no multiple of -n {n}; resume with the -n it was made with")
-        index = 0
-        for batch in records.batches(chain([] if first is None else [first], rows), batch_size):
-            here, index = index, index + len(batch)
-            if index <= start:
-                continue
-            offset = max(0, start - here)
-            asked = [_prompt(row, field, wraps, here + offset + i) for i, row in enumerate(batch[offset:])]
+        if out != "-":
+            _keep_profile(Path(out), None if mark is None else mark.profile(tokenizer), told, fresh=not writer.done)
+        _skip_done(asked, start, writer.last, field, out)
+        index = start
+        for batch in records.batches(asked, per_batch):
             made = run(
-                loaded, tokenizer, asked, watermark=mark, n=n, max_new_tokens=max_new_tokens, temperature=temperature,
-                top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, first_index=here + offset, batch_size=batch_size * n,
+                loaded, tokenizer, [prompt for _, prompt in batch], watermark=mark, n=draws, max_new_tokens=max_new_tokens,
+                seed=seed, first_index=index, batch_size=batch_size, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
             )  # fmt: skip
-            for row, group in zip(batch[offset:], made, strict=True):
+            if judge is not None:
+                made = _best(judge, batch, made)
+            for (row, _), group in zip(batch, made, strict=True):
                 for answer in group:
-                    writer.write(_row(row, answer))
+                    writer.write(_row(row, field, answer))
+            index += len(batch)
             shown("generate", index)
         done = writer.done
-    for line in skipped:
-        click.echo(f"skipped: {line}", err=True)
+    summary = f"{out}: {done} answers" + (f", marked with {name}" if name else "") + (f", {skipped.count} lines left out" if skipped.count else "")
     if as_json:
-        click.echo(json.dumps({"rows": done, "out": out, "skipped": len(skipped), "watermark": name}), err=out == "-")
+        click.echo(json.dumps({"rows": done, "out": out, "skipped": skipped.count, "watermark": name}), err=out == "-")
     elif out != "-":
-        click.echo(f"{out}: {done} answers" + (f", marked with {name}" if name else "") + (f", {len(skipped)} lines skipped" if skipped else ""))
+        click.echo(summary)
+    report_skipped(skipped, prompts, bad_lines)
 
 
-def _keep_profile(out: Path, profile: Any, resume: bool) -> None:
-    """Save the profile; a resumed file must have been marked alike."""
-    from .marks import load_profile
+def _limit(model: Any, tokenizer: Any, room: int) -> Callable[[Any], str]:
+    """A function that says what is wrong with a prompt, or nothing."""
+    from ..generation import check_lengths, encode
 
-    path = profile_path(out)
-    if resume and out.exists() and path.exists():
-        load_profile(path).check(profile)
-    else:
-        save_profile(path, profile)
+    def fault(prompt: Any) -> str:
+        try:
+            check_lengths(model, [encode(tokenizer, prompt)], room, 0)
+        except InputError as error:
+            return str(error).removeprefix("prompt 0: ")
+        return ""
+
+    return fault
 
 
-def _prompt(row: dict[str, Any], field: str | None, wraps: bool, index: int) -> Any:
-    names = [field] if field else ["prompt", "messages", "text"]
-    value = next((row[name] for name in names if row.get(name)), None)
+def _asked(
+    rows: Iterator[Row], field: str | None, wraps: bool, fault: Callable[[Any], str], skipped: Skipped, bad_lines: str
+) -> Iterator[tuple[Row, Any]]:
+    """(row, prompt) of each row that can be asked; others are noted in `skipped`, or raise."""
+    usable = 0
+    for row in rows:
+        try:
+            prompt = _prompt(row, field, wraps)
+            problem = fault(prompt)
+            if problem:
+                raise InputError(f"{row.where}: its prompt {problem}")
+        except InputError as error:
+            # A first row without a prompt tells of the wrong options rather than of a broken line.
+            if bad_lines == "stop" or not usable:
+                raise
+            skipped.add(str(error))
+            continue
+        usable += 1
+        yield row, prompt
+
+
+def _prompt(row: Row, field: str | None, wraps: bool) -> Any:
+    value = _asked_value(row, field)
     if value is None:
-        raise InputError(f"row {index}: has no {' or '.join(names)}; its columns are {', '.join(row) or 'none'}")
+        names = field or "prompt, messages or text"
+        raise InputError(f"{row.where}: has no {names}; its columns are {', '.join(row) or 'none'}")
     if isinstance(value, str):
+        if not _is_unicode(value):
+            raise InputError(f"{row.where}: its prompt is no Unicode text (half a surrogate pair)")
         return [{"role": "user", "content": value}] if wraps else value
-    if isinstance(value, list) and value and all(isinstance(m, dict) and "role" in m and "content" in m for m in value):
+    if isinstance(value, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in value):
         return value
-    raise InputError(f"row {index}: a prompt is a string or a list of {{role, content}} messages, got {type(value).__name__}")
+    raise InputError(f"{row.where}: a prompt is a string or a list of {{role, content}} messages, got {type(value).__name__}")
 
 
-def _row(row: dict[str, Any], answer: Any) -> dict[str, Any]:
-    kept = {k: v for k, v in row.items() if k not in ("text", "ids", "finished")} if "prompt" in row else {}
-    prompt = row.get("prompt", row.get("messages", row.get("text")))
+def _asked_value(row: Row, field: str | None) -> Any:
+    return next((row[name] for name in ([field] if field else ["prompt", "messages", "text"]) if row.get(name)), None)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _keep_profile(out: Path, profile: WatermarkProfile | None, told: dict[str, Any], fresh: bool) -> None:
+    """Save the profile; a file that is taken up again must have been generated alike."""
+    path = profile_path(out)
+    if not fresh and path.exists():
+        old, before = load_profile(path)
+        if (old is None) != (profile is None):
+            raise InputError(f"{out}: cannot resume, its text was generated {'without a' if old is None else 'with a'} watermark")
+        if old is not None and profile is not None:
+            old.check(profile)
+        changed = [k for k in told if k in before and before[k] != told[k]]
+        if changed:
+            was = ", ".join(f"{k}={before[k]!r} (now {told[k]!r})" for k in changed)
+            raise InputError(f"{out}: cannot resume, it was generated with {was}")
+    save_profile(path, profile, told)
+
+
+def _skip_done(asked: Iterator[tuple[Row, Any]], count: int, last: dict[str, Any] | None, field: str | None, out: str) -> None:
+    """Pass over the prompts that have their answers; the last of them must be the one that the file ends with."""
+    if not count:
+        return
+    passed = list(islice(asked, count - 1, count))
+    if not passed:
+        raise InputError(f"{out}: cannot resume, it holds answers to {count} prompts, more than there are")
+    row = passed[0][0]
+    if last is not None and last.get("prompt") != _asked_value(row, field):
+        raise InputError(f"{out}: cannot resume, its last answer is not to the prompt at {row.where}")
+
+
+def _best(judge: Any, batch: list[tuple[Row, Any]], made: list[list[Any]]) -> list[list[Any]]:
+    """The candidate of each prompt with the highest reward, the first one on ties."""
+    from dataclasses import replace
+
+    asked = [prompt[-1]["content"] if isinstance(prompt, list) else prompt for _, prompt in batch]
+    scores = judge([p for p, group in zip(asked, made, strict=True) for _ in group], [g.text for group in made for g in group]).tolist()
+    chosen = []
+    for group in made:
+        mine, scores = scores[: len(group)], scores[len(group) :]
+        best = max(range(len(group)), key=lambda j, mine=mine: (mine[j], -j))  # type: ignore[misc]
+        chosen.append([replace(group[best], reward=mine[best])])
+    return chosen
+
+
+def _row(row: Row, field: str | None, answer: Any) -> dict[str, Any]:
+    """The input's columns and the answer's; an input column of the name of one of the answer's gives way."""
     return {
-        **kept, "prompt": prompt, "text": answer.text, "ids": answer.ids.tolist(), "finished": answer.finished,
+        **row, "prompt": _asked_value(row, field), "text": answer.text, "ids": answer.ids.tolist(), "finished": answer.finished,
         "seed": answer.provenance["seed"], "index": answer.provenance["index"], "candidate": answer.provenance["candidate"],
+        **({} if answer.reward is None else {"reward": answer.reward}),
     }  # fmt: skip

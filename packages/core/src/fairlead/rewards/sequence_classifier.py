@@ -47,6 +47,8 @@ class SequenceClassifierReward(Reward):
                 raise InputError(f"reward model {self.config.model}: {str(error).splitlines()[0]}") from None
             if model.config.num_labels > 1 and self.config.label is None:
                 raise InputError(f"reward model {self.config.model}: has {model.config.num_labels} classes; set label")
+            if (self.config.label or 0) >= model.config.num_labels:
+                raise InputError(f"reward model {self.config.model}: label {self.config.label} of {model.config.num_labels} classes")
             self._loaded = model.to("cuda" if torch.cuda.is_available() else "cpu"), load_tokenizer(self.config.model)
         return self._loaded
 
@@ -63,10 +65,9 @@ class SequenceClassifierReward(Reward):
         logits_NC = classifier_scores(model, pairs, token_budget=max(self.config.token_budget, max(map(len, pairs))))
         if logits_NC.shape[1] == 1:
             return logits_NC[:, 0]
-        assert self.config.label is not None
-        logp_NC = logits_NC.log_softmax(-1)
-        chosen = logp_NC[:, self.config.label]
-        return chosen - torch.log1p(-chosen.exp().clamp(max=1 - 1e-7))
+        label = int(self.config.label or 0)
+        others_NC = torch.cat([logits_NC[:, :label], logits_NC[:, label + 1 :]], 1)
+        return logits_NC[:, label] - others_NC.logsumexp(-1)
 
     def _ids(self, tokenizer: Any, prompt: str, response: str) -> list[int]:
         chat = self.config.template == "chat" or (self.config.template == "auto" and tokenizer.chat_template)
