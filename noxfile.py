@@ -68,7 +68,9 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check the types of every package."""
-    install(session, "mypy", "torch", "click", "pydantic", "pluggy", "rich", "jinja2", "numpy", "types-PyYAML", "pytest")
+    install(
+        session, "mypy", "torch", "click", "pydantic", "pluggy", "rich", "jinja2", "numpy", "types-PyYAML", "pytest"
+    )
     session.run("mypy", *(f"{d}/src" for d in DISTRIBUTIONS))
 
 
@@ -120,7 +122,9 @@ def _environment(session: nox.Session, name: str) -> str:
 
 def _try_alone(session: nox.Session, distribution: str, built: Path) -> None:
     python = _environment(session, "alone")
-    name = {"kernels": "fairlead-kernels", "packages/core": "fairlead"}.get(distribution, f"fairlead-{Path(distribution).name}")
+    name = {"kernels": "fairlead-kernels", "packages/core": "fairlead"}.get(
+        distribution, f"fairlead-{Path(distribution).name}"
+    )
     constraint = ["-c", str(ROOT / "constraints.txt"), "--find-links", str(built)]
     session.run(python, "-m", "pip", "install", "-q", *constraint, name, external=True)
     session.run(python, "tests/readme_example.py", f"{distribution}/README.md", external=True, env=ONE_THREAD)
@@ -129,7 +133,18 @@ def _try_alone(session: nox.Session, distribution: str, built: Path) -> None:
 def _try_without_compiler(session: nox.Session) -> None:
     python = _environment(session, "pure")
     hidden = {"CC": "/bin/false", "CXX": "/bin/false", **ONE_THREAD}
-    session.run(python, "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), "./kernels", external=True, env=hidden)
+    session.run(
+        python,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "-c",
+        str(ROOT / "constraints.txt"),
+        "./kernels",
+        external=True,
+        env=hidden,
+    )
     check = "from fairlead_kernels import native, explain; assert native.why_absent(); assert {r['backend'] for r in explain('cpu')} == {'reference'}"
     session.run(python, "-c", check, external=True, env=ONE_THREAD)
     session.run(python, "tests/readme_example.py", "kernels/README.md", external=True, env=ONE_THREAD)

@@ -13,7 +13,9 @@ HEAVY = ("transformers", "scipy", "pyarrow", "matplotlib", "triton")
 
 
 def run(code: str) -> Callable[[], Any]:
-    return lambda: _spend(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout))
+    return lambda: _spend(
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    )
 
 
 def _spend(seconds: float) -> None:
@@ -26,7 +28,9 @@ def _spend(seconds: float) -> None:
 
 
 def ours() -> Callable[[], Any]:
-    return run("import torch, time; t = time.process_time(); import fairlead_watermark as f; f.KGW, f.Gumbel; print(time.process_time() - t)")
+    return run(
+        "import torch, time; t = time.process_time(); import fairlead_watermark as f; f.KGW, f.Gumbel; print(time.process_time() - t)"
+    )
 
 
 def half_a_second() -> Callable[[], Any]:
@@ -41,4 +45,13 @@ def check() -> None:
 
 
 def rows() -> Iterator[Row]:
-    yield Row("import fairlead_watermark", "beyond torch", "-", ours, {"half a second": half_a_second}, "half a second", 1.0, check=check)
+    yield Row(
+        "import fairlead_watermark",
+        "beyond torch",
+        "-",
+        ours,
+        {"half a second": half_a_second},
+        "half a second",
+        1.0,
+        check=check,
+    )

@@ -40,7 +40,15 @@ def main() -> int:
     results: list[dict[str, Any]] = []
     broken = []
     for path in sorted(HERE.glob("bench_*.py")):
-        command = [sys.executable, __file__, "--worker", str(path), "--only", options.only, *(["--quick"] if options.quick else [])]
+        command = [
+            sys.executable,
+            __file__,
+            "--worker",
+            str(path),
+            "--only",
+            options.only,
+            *(["--quick"] if options.quick else []),
+        ]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=_one_thread())
         results += [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         if done.returncode != 0:
@@ -98,7 +106,10 @@ def _work(path: Path, only: str, quick: bool) -> int:
 
 def _ask_memory(path: Path, name: str, way: str) -> float | None:
     done = subprocess.run(
-        [sys.executable, __file__, "--memory", f"{path}::{name}::{way}"], stdout=subprocess.PIPE, text=True, env=_one_thread()
+        [sys.executable, __file__, "--memory", f"{path}::{name}::{way}"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=_one_thread(),
     )
     return float(done.stdout.split()[-1]) if done.returncode == 0 and done.stdout.strip() else None
 
@@ -143,7 +154,19 @@ def _best(history: Path) -> dict[str, float]:
 
 
 def _table(results: list[dict[str, Any]], best: dict[str, float]) -> str:
-    head = ["operation", "shape", "dtype", "today ms", "best ms", "peer", "peer ms", "ratio", "asked", "floor ms", "peak MiB"]
+    head = [
+        "operation",
+        "shape",
+        "dtype",
+        "today ms",
+        "best ms",
+        "peer",
+        "peer ms",
+        "ratio",
+        "asked",
+        "floor ms",
+        "peak MiB",
+    ]
     lines = [head]
     for r in results:
         operation, shape, dtype, _ = r["name"].split(" | ")
@@ -189,7 +212,10 @@ def _picture(history: Path) -> None:
         axis.annotate(f" {r['ratio']:.1f}x", (r["ratio"] / r["at_least"], place), va="center", fontsize=7)
     axis.axvline(1, color="#b3261e", lw=1)
     axis.set_yticks(range(len(rows)), [r["name"].replace(" | ", ", ") for r in rows], fontsize=7)
-    axis.set_xlabel(f"speed against the peer, over what is asked (bar: last run, tick: the one before) on {records[-1]['machine']}", fontsize=8)
+    axis.set_xlabel(
+        f"speed against the peer, over what is asked (bar: last run, tick: the one before) on {records[-1]['machine']}",
+        fontsize=8,
+    )
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(history.with_suffix(".svg"), metadata={"Date": None})
 

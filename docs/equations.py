@@ -31,6 +31,9 @@ def _convert(found: re.Match[str]) -> str:
         mathml = convert(latex.strip(), display=display)
     except Exception as error:  # the converter raises classes of its own for each kind of slip
         raise ValueError(f"equation {latex.strip()!r}: {type(error).__name__} {error}") from error
+    unknown = re.search(r"\\[a-zA-Z]+", mathml)
+    if unknown:
+        raise ValueError(f"equation {latex.strip()!r}: unknown command {unknown[0]}")
     return f'\n<div class="equation">{mathml}</div>\n' if display == "block" else mathml
 
 

@@ -75,14 +75,18 @@ def settings(config: Any) -> str:
         default = "required" if field.is_required() else f"`{field.get_default(call_default_factory=True)!r}`"
         allowed = ", ".join(_bound(m) for m in field.metadata if _bound(m))
         text = (field.description or "").replace("|", "\\|")
-        lines.append(f"| `{name}` | {default.replace('|', chr(92) + '|')} | {text}{f' ({allowed})' if allowed else ''} |")
+        lines.append(
+            f"| `{name}` | {default.replace('|', chr(92) + '|')} | {text}{f' ({allowed})' if allowed else ''} |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def _bound(constraint: Any) -> str:
     """A pydantic bound in words; "" for anything else."""
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
-    return next((f"{sign} {getattr(constraint, name):g}" for name, sign in signs.items() if hasattr(constraint, name)), "")
+    return next(
+        (f"{sign} {getattr(constraint, name):g}" for name, sign in signs.items() if hasattr(constraint, name)), ""
+    )
 
 
 def operations() -> str:
@@ -139,7 +143,11 @@ def main() -> int:
         else:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
-    drifted += [f"{p.relative_to(HERE.parent)} (of a method that is gone)" for p in (HERE / "generated").glob("*") if p not in files]
+    drifted += [
+        f"{p.relative_to(HERE.parent)} (of a method that is gone)"
+        for p in (HERE / "generated").glob("*")
+        if p not in files
+    ]
     for name in drifted:
         sys.stderr.write(f"{name} has drifted; run: python docs/generate.py\n")
     return 1 if drifted else 0

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import torch
-from fairlead.testing import registered_contract, tiny_model, watermark_contract
 from fairlead_example_fixed_list import FixedList
+
+from fairlead.testing import registered_contract, tiny_model, watermark_contract
 
 TestFixedList = watermark_contract(lambda vocab_size, key: FixedList(vocab_size=vocab_size, key=key, delta=4.0))
 TestRegistered = registered_contract("watermark", "example-fixed-list")
@@ -36,10 +37,24 @@ def test_it_marks_and_detects_from_the_command_line(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    assert "example-fixed-list" in fairlead("methods", "--kind", "watermark", "--package", "fairlead-example-fixed-list")
+    assert "example-fixed-list" in fairlead(
+        "methods", "--kind", "watermark", "--package", "fairlead-example-fixed-list"
+    )
     fairlead("watermark", "new-key", "key")
     options = ("--watermark", "example-fixed-list", "--key-file", "key")
-    fairlead("generate", "prompts.jsonl", "--model", "model", "--out", "out.jsonl", "--set", "delta=8", "--max-new-tokens", "150", *options)
+    fairlead(
+        "generate",
+        "prompts.jsonl",
+        "--model",
+        "model",
+        "--out",
+        "out.jsonl",
+        "--set",
+        "delta=8",
+        "--max-new-tokens",
+        "150",
+        *options,
+    )
     rows = [json.loads(line) for line in fairlead("detect", "out.jsonl", "--json", "--key-file", "key").splitlines()]
     assert len(rows) == 2
     assert all(row["p_value"] < 0.01 for row in rows)

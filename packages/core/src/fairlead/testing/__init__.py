@@ -11,11 +11,20 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_LAZY = ("watermark_contract", "reward_contract", "guard_contract", "recipe_contract", "registered_contract", "tiny_model")
-__all__ = list(_LAZY)
+from ..errors import MissingDependencyError
+
+_CONTRACTS = ("watermark_contract", "reward_contract", "guard_contract", "recipe_contract", "registered_contract")
+__all__ = [*_CONTRACTS, "tiny_model"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("fairlead.testing.contracts"), name)
+    if name == "tiny_model":
+        return importlib.import_module("fairlead.testing.tiny").tiny_model
+    try:
+        return getattr(importlib.import_module("fairlead.testing.contracts"), name)
+    except ModuleNotFoundError as error:
+        if error.name != "pytest":
+            raise
+        raise MissingDependencyError(f"fairlead.testing.{name} needs pytest: pip install pytest") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import pickle
 from collections.abc import Callable, Sequence
@@ -14,23 +13,9 @@ import torch
 from .. import registry, taxonomy
 from ..errors import FairleadError
 from ..kinds import Detection, WatermarkProfile
+from .tiny import VOCABULARY, tiny_model
 
 SECRET = 0x5EC2E7C0FFEE1234
-VOCABULARY = 64
-
-
-@functools.cache
-def tiny_model(vocab_size: int = VOCABULARY, seed: int = 0) -> Any:
-    """A random two-layer LlamaForCausalLM with a sharp next-token law, for generation in milliseconds."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None, eos_token_id=None, pad_token_id=0,
-        initializer_range=0.3,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
 
 
 def _random_ids(rows: int, tokens: int, seed: int = 0, vocab_size: int = VOCABULARY) -> torch.Tensor:
