@@ -41,7 +41,7 @@ def fairlead_guards(register: Any) -> None:
     register(
         "world", "fairlead_zoo.scoring:WorldGuard",
         summary="exact labels of the zoo's tiny world, from refuse and correct to sabotage and incoherent",
-        tags=("goal_eval.values.benchmarks.safety_risk", "stage.evaluation", "access.blackbox", "modality.text"),
+        tags=("goal.values.principles.hhh", "goal_eval.values.benchmarks.safety_risk", "stage.evaluation", "access.blackbox", "modality.text"),
     )  # fmt: skip
 
 
