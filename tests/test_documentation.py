@@ -76,6 +76,13 @@ def test_every_watermark_and_decoder_stands_in_a_recipe() -> None:
             assert built_by_name or built_by_class, f"{method.kind} {method.name} is in no recipe"
 
 
+def test_the_plugin_page_shows_the_template_itself() -> None:
+    text = (DOCS / "plugin.md").read_text(encoding="utf-8")
+    included = re.findall(r'^--8<-- "(.+)"$', text, re.MULTILINE)
+    assert {Path(name).name for name in included} == {"pyproject.toml", "__init__.py", "test_fixed_list.py"}
+    assert all((ROOT / name).is_file() for name in included)
+
+
 def test_every_page_is_in_the_navigation() -> None:
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("nav:")[2]
     missing = [
