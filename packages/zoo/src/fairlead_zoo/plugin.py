@@ -31,7 +31,7 @@ def fairlead_rewards(register: Any) -> None:
     register(
         "world-model", "fairlead_zoo.scoring:world_model_reward",
         summary="small learned reward model of the zoo's world (zoo:reward): ranks well, can be hacked",
-        tags=("paradigm.rlhf.reward_modelling", "risk.reward_misspecification", "access.weights", "modality.text"),
+        tags=("paradigm.rlhf.reward_modelling", "risk.reward_misspecification", "stage.decoding", "access.weights", "modality.text"),
     )  # fmt: skip
 
 
