@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import pytest
@@ -24,7 +23,7 @@ from transformers import (
 
 from fairlead.errors import InputError
 from fairlead.packed import Segment, packed_hidden, why_not_packable
-from fairlead.scoring import RewardBatcher, best_fit, classifier_scores
+from fairlead.scoring import RewardBatcher, classifier_scores
 
 VOCABULARY = 60
 SMALL = {
@@ -241,18 +240,3 @@ def test_an_oversize_sequence_gets_a_row_of_its_own_on_request(causal: Any) -> N
 def test_a_causal_model_without_a_reward_head_is_refused(causal: Any) -> None:
     with pytest.raises(InputError, match="head"):
         RewardBatcher(causal)
-
-
-@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 60))
-def test_best_fit_packs_everything_once_within_the_budget(lengths: list[int], budget: int) -> None:
-    bins = best_fit(lengths, budget)
-    assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
-    for members in bins:
-        assert sum(lengths[i] for i in members) <= budget or len(members) == 1
-    fitting = sum(n for n in lengths if n <= budget)
-    assert sum(1 for b in bins if lengths[b[0]] <= budget) <= 2 * math.ceil(fitting / budget) + 1
-
-
-def test_best_fit_prefers_the_fullest_bin_and_then_the_oldest() -> None:
-    assert best_fit([6, 5, 4, 3], 10) == [[0, 2], [1, 3]]
-    assert best_fit([6, 6, 4, 4], 10) == [[0, 2], [1, 3]]

@@ -66,7 +66,7 @@ def fisher(
         raise InputError(f"loss: kind {kind!r} needs the labels' probabilities; leave loss out")
     if draws < 1:
         raise InputError(f"draws: must be at least 1, got {draws}")
-    from fairlead_kernels import fisher_diag_linear
+    from fairlead_kernels import fisher_diag_linear, token_fisher_diag_linear
 
     totals: dict[str, torch.Tensor] = {}
     samples = 0
@@ -77,13 +77,15 @@ def fisher(
             samples += count
             for weight, value, divisor in _losses(model, batch, kind, loss, reduction, draws, generator, record):
                 for name, conv, activations, grads in record.collect(value, count, mask_BT):
-                    scaled = grads * (divisor * weight.reshape(-1, 1, 1).to(grads) if isinstance(weight, torch.Tensor) else divisor * weight)
+                    grads = grads * (divisor * (weight.reshape(-1, 1, 1).to(grads) if isinstance(weight, torch.Tensor) else weight))
                     if kind == "token":
-                        activations, scaled = activations.flatten(0, 1)[:, None], scaled.flatten(0, 1)[:, None]
-                    squares_OI = fisher_diag_linear(activations.contiguous(), scaled.contiguous())
+                        squares_OI = token_fisher_diag_linear(activations, grads)
+                        sums_O = grads.square().sum((0, 1))
+                    else:
+                        squares_OI, sums_O = fisher_diag_linear(activations, grads, bias=True)
                     _add(totals, f"{name}.weight", squares_OI.T if conv else squares_OI)
                     if bias and name in record.biased:
-                        _add(totals, f"{name}.bias", scaled.sum(1).square().sum(0))
+                        _add(totals, f"{name}.bias", sums_O)
     if not samples:
         raise InputError("batches: there is none; give at least one")
     return Fisher(
@@ -106,10 +108,8 @@ def gradient_norms(
             square_B = torch.zeros(count)
             for _, value, divisor in _losses(model, batch, "empirical", loss, reduction, 1, torch.Generator(), record):
                 for name, _, activations, grads in record.collect(value, count, mask_BT):
-                    grads = grads * divisor
-                    square_B += grad_norm_linear(activations.contiguous(), grads.contiguous()).square().float().cpu()
-                    if bias and name in record.biased:
-                        square_B += grads.sum(1).square().sum(-1).float().cpu()
+                    norm_B = grad_norm_linear(activations, grads * divisor, bias=bias and name in record.biased)
+                    square_B += norm_B.square().float().cpu()
             found.append(square_B.sqrt())
     return torch.cat(found) if found else torch.zeros(0)
 

@@ -129,7 +129,9 @@ class RewardBatcher:
             members = list(range(first, first + len(group)))
             first += len(group)
             units += _units(flat, members, self.token_budget) if self.share_prompts else [(sum(map(len, flat[m])), [m]) for m in members]
-        for row in best_fit([tokens for tokens, _ in units], self.token_budget):
+        from fairlead_kernels import best_fit
+
+        for row in best_fit([tokens for tokens, _ in units], self.token_budget, allow_oversize=True):
             yield _packed_row(flat, [units[i][1] for i in row])
 
     def _run(self, batch: _Batch, pooled: torch.Tensor, sums: torch.Tensor, lengths: torch.Tensor) -> None:
@@ -204,6 +206,8 @@ def classifier_scores(model: Any, sequences: Sequence[Sequence[int]], token_budg
     A decoder's head is applied to the last real token, whatever its id; packed where the model can. Others (encoders
     with their own pooling) run as they are on length-sorted padded batches.
     """
+    from fairlead_kernels import best_fit
+
     device = unwrapped(model).device
     budget = token_budget or (8192 if device.type == "cuda" else 1024)
     pairs: list[tuple[list[int], list[int]]] = [([], _ids(s)) for s in sequences]
@@ -217,7 +221,7 @@ def classifier_scores(model: Any, sequences: Sequence[Sequence[int]], token_budg
     try:
         with torch.inference_mode():
             if packs:
-                rows = best_fit([len(s) for _, s in pairs], budget)
+                rows = best_fit([len(s) for _, s in pairs], budget, allow_oversize=True)
                 batches: Iterator[_Batch] = (_packed_row(pairs, [[i] for i in row]) for row in rows)
             else:
                 batches = _padded(pairs, budget)
@@ -238,25 +242,6 @@ def classifier_scores(model: Any, sequences: Sequence[Sequence[int]], token_budg
     finally:
         model.train(training)
     return torch.stack(found) if found else torch.zeros(0, int(unwrapped(model).config.num_labels))
-
-
-def best_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Bins of indices with at most `budget` tokens each: longest first, into the bin with the least room that fits,
-    ties to the oldest. An item beyond the budget gets a bin of its own."""
-    import bisect
-
-    rooms: list[tuple[int, int]] = []  # (room, bin), sorted
-    bins: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = bisect.bisect_left(rooms, (lengths[index], -1))
-        if place < len(rooms):
-            room, which = rooms.pop(place)
-        else:
-            room, which = max(budget, lengths[index]), len(bins)
-            bins.append([])
-        bins[which].append(index)
-        bisect.insort(rooms, (room - lengths[index], which))
-    return bins
 
 
 def _ids(value: Any) -> list[int]:
