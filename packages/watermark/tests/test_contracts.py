@@ -14,6 +14,8 @@ from fairlead_watermark import KGW, Gumbel, ModifiedGumbel
 TestLefthash = watermark_contract(lambda **s: KGW(**s))
 TestMinhash = watermark_contract(lambda **s: KGW(scheme="minhash", **s))
 TestSelfhash = watermark_contract(lambda **s: KGW(scheme="selfhash", **s))
+TestPermutationLefthash = watermark_contract(lambda **s: KGW(scheme="hf-lefthash", **s))
+TestPermutationSelfhash = watermark_contract(lambda **s: KGW(scheme="hf-selfhash", **s))
 TestGumbel = watermark_contract(lambda **s: Gumbel(dedup_contexts="single_turn", **s))
 TestModifiedGumbel = watermark_contract(lambda **s: ModifiedGumbel(dedup_contexts="all", **s))
 TestKGWRegistered = registered_contract("watermark", "kgw")

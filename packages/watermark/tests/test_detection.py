@@ -110,6 +110,30 @@ def test_gumbel_p_values_of_random_text_are_uniform() -> None:
     assert kstest(p, "uniform").pvalue > 1e-3
 
 
+def test_p_values_of_texts_that_repeat_themselves_are_uniform_with_dedup_alone() -> None:
+    phrases = torch.randint(0, 50_000, (10_000, 12), generator=torch.Generator().manual_seed(2))
+    mark = Gumbel(vocab_size=50_000, key=7)
+    texts = phrases.repeat(1, 4)
+    assert kstest(mark.detect(texts).p_value.numpy(), "uniform").pvalue > 1e-3
+    assert kstest(mark.detect(texts, dedup="none").p_value.numpy(), "uniform").pvalue < 1e-6
+
+
+@pytest.mark.parametrize("scheme", ["hf-lefthash", "hf-selfhash"])
+def test_transformers_lists_are_calibrated_on_a_hundred_thousand_random_sequences(scheme: str) -> None:
+    """A small vocabulary, because each list is a permutation; 24 of 96 tokens are green, a quarter exactly."""
+    hits, chances = {0.01: 0, 0.001: 0}, {0.01: 0.0, 0.001: 0.0}
+    for key in range(10):
+        ids = torch.randint(0, 96, (10_000, 30), generator=torch.Generator().manual_seed(key))
+        mark = KGW(vocab_size=96, key=15485863 + 97 * key, scheme=scheme, context_width=1 if scheme == "hf-lefthash" else 2)
+        found = mark.detect(ids)
+        for level in hits:
+            hits[level] += int((found.p_value <= level).sum())
+            chances[level] += float(_attained(found.tokens_scored.numpy(), level).mean()) / 10
+    for level, count in hits.items():
+        low, high = _band(chances[level], 100_000)
+        assert low <= count / 100_000 <= high, (level, chances[level], count)
+
+
 def test_token_scores_stand_where_the_tokens_stand() -> None:
     ids = torch.randint(0, 100, (2, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from fairlead.errors import FairleadError, InputError
 from fairlead.generation import generate
+from fairlead.kinds import Guard, Verdict
 from fairlead.testing import tiny_model
 from fairlead_watermark import KGW, AlignmentResampling, Gumbel, audit, bounds
 
@@ -58,6 +61,75 @@ def test_the_perplexity_control_returns_the_likeliest() -> None:
     found = resample(4, reward=None, selection="perplexity")
     for chosen, group in zip(found.generations, found.candidates, strict=True):
         assert chosen.reward == max(g.reward for g in group)
+
+
+class FirstIsLow(Guard):
+    """Labels an answer by its first token."""
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
+        return [Verdict("low" if int(r.split()[0]) < 32 else "high", unsafe=False, refusal=False) for r in responses]
+
+
+class Numbers:
+    """A tokenizer that writes ids as numbers."""
+
+    def decode(self, ids: torch.Tensor, **options: object) -> str:
+        return " ".join(str(int(i)) for i in ids)
+
+
+def pick(seed: int = 3, n: int = 6, **settings: Any) -> Any:
+    settings = {"guard": FirstIsLow(), "preferred": "low", **settings}
+    decoder = AlignmentResampling(watermark=KGW(vocab_size=64, key=1), n=n, selection="categorical", **settings)
+    return decoder.generate(tiny_model(), Numbers(), PROMPTS * 4, seed=seed, max_new_tokens=4)
+
+
+def test_categorical_selection_picks_any_candidate_with_the_preferred_label() -> None:
+    places = []
+    for seed in range(5):
+        found = pick(seed)
+        assert [g.ids.tolist() for g in found.generations] == [g.ids.tolist() for g in pick(seed).generations]
+        for chosen, group in zip(found.generations, found.candidates, strict=True):
+            if any(int(g.ids[0]) < 32 for g in group):
+                assert int(chosen.ids[0]) < 32
+                places.append(chosen.provenance["candidate"])
+    assert len(set(places)) == 6
+
+
+def test_without_a_preferred_label_the_reward_decides_and_then_the_first() -> None:
+    found = pick(preferred=("neither",))
+    assert {g.provenance["candidate"] for g in found.generations} == {0}
+    longest = pick(preferred=("neither",), reward=lambda prompts, texts: [float(t.split()[0]) for t in texts])
+    for chosen, group in zip(longest.generations, longest.candidates, strict=True):
+        assert int(chosen.ids[0]) == max(int(g.ids[0]) for g in group)
+
+
+@pytest.mark.parametrize("settings", [{"guard": None}, {"preferred": ()}])
+def test_categorical_selection_needs_a_guard_and_labels(settings: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="guard"):
+        pick(**settings)
+
+
+def test_a_second_reward_call_never_happens_and_candidates_do_not_depend_on_batching() -> None:
+    calls = []
+
+    def reward(prompts: list[Any], responses: list[Any]) -> list[float]:
+        calls.append(len(responses))
+        return count_small(prompts, responses)
+
+    decoder = AlignmentResampling(watermark=KGW(vocab_size=64, key=1), reward=reward, n=4)
+    whole = decoder.generate(tiny_model(), None, PROMPTS, seed=3, max_new_tokens=20)
+    small = decoder.generate(tiny_model(), None, PROMPTS, seed=3, max_new_tokens=20, batch_size=4)
+    assert calls == [12, 12]
+    for a, b in zip(whole.candidates, small.candidates, strict=True):
+        assert all(torch.equal(x.ids, y.ids) for x, y in zip(a, b, strict=True))
+
+
+def test_the_chosen_answer_still_carries_the_mark() -> None:
+    mark = KGW(vocab_size=64, key=1)
+    decoder = AlignmentResampling(watermark=mark, reward=count_small, n=4)
+    found = decoder.generate(tiny_model(), None, [torch.tensor([i]) for i in range(12)], seed=0, max_new_tokens=150)
+    ids = torch.stack([g.ids for g in found.generations])
+    assert float(mark.detect(ids).p_value.median()) < 1e-3
 
 
 @pytest.mark.parametrize("bad", [lambda p, r: [0.0], lambda p, r: [float("nan")] * len(r)])

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from fairlead.errors import ConfigError
-from fairlead.testing import tiny_model
 from transformers import PretrainedConfig, WatermarkDetector, WatermarkingConfig
 from transformers.generation.logits_process import WatermarkLogitsProcessor
 
+from fairlead.errors import ConfigError
+from fairlead.testing import tiny_model
 from fairlead_watermark import KGW
 
 SCHEMES = ("lefthash", "selfhash")
@@ -167,6 +167,6 @@ def test_both_marks_generate_the_same_text_in_generate() -> None:
                 model.generate(
                     ids, attention_mask=attention, logits_processor=[processor], do_sample=True, max_new_tokens=20,
                     num_return_sequences=2, temperature=0.8, top_k=20,
-                )  # fmt: skip
+                )
             )
         assert torch.equal(outs[0], outs[1])

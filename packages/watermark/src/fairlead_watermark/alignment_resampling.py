@@ -5,11 +5,14 @@ marked model with one key and fresh sampling noise, y = y_argmax r(x, y_i), ties
 is tested like any other. The n candidates are one batched generation whose prompt is computed once; their rewards are
 one batched call. Under Gaussian rewards the gain is at least C sqrt(ln n), see `bounds.resampling_gain`.
 Plain Gumbel is deterministic given key and prompt: its candidates are equal and nothing is gained.
+Categorical selection, the paper's other rule, picks uniformly among the candidates that a guard gives a preferred label;
+where none has one we fall back to the reward, then to the first candidate.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,20 +25,26 @@ from fairlead import registry
 from fairlead.config import Configurable, MethodConfig
 from fairlead.errors import InputError
 from fairlead.generation import Cost, DecodeResult, Generation, generate
-from fairlead.kinds import Reward, Watermark
+from fairlead.kinds import Guard, Reward, Watermark
 
 from .bounds import kl_price
 
 
 class AlignmentResamplingConfig(MethodConfig):
-    """watermark, reward: objects, or {"name": ..., settings} for the registry; watermark None resamples unmarked text."""
+    """watermark, reward, guard: objects, or {"name": ..., settings} for the registry; watermark None resamples unmarked
+    text."""
 
     watermark: Any = Field(None, description="a Watermark, or its registered name and settings; none: unmarked")
     reward: Any = Field(None, description="a Reward or callable(prompts, responses), or its registered name and settings")
     n: int = Field(4, ge=1, description="candidates per prompt")
-    selection: Literal["reward", "perplexity"] = Field(
-        "reward", description="perplexity is the control: the likeliest candidate, which should not help"
+    selection: Literal["reward", "categorical", "perplexity"] = Field(
+        "reward",
+        description="reward: the best; categorical: any with a preferred label; perplexity: the likeliest, the control",
     )
+    guard: Any = Field(
+        None, description="what labels answers for categorical selection: a Guard, or its registered name and settings"
+    )
+    preferred: tuple[str, ...] = Field((), description="labels that categorical selection accepts")
 
     @field_validator("watermark", mode="before")
     @classmethod
@@ -46,6 +55,16 @@ class AlignmentResamplingConfig(MethodConfig):
     @classmethod
     def _build_reward(cls, value: Any) -> Any:
         return value if callable(value) else _build("reward", value, Reward)
+
+    @field_validator("guard", mode="before")
+    @classmethod
+    def _build_guard(cls, value: Any) -> Any:
+        return _build("guard", value, Guard)
+
+    @field_validator("preferred", mode="before")
+    @classmethod
+    def _one_label(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
 
 def _build(kind: str, value: Any, expected: type) -> Any:
@@ -68,6 +87,8 @@ class AlignmentResampling(Configurable):
     def setup(self) -> None:
         if self.config.selection == "reward" and self.config.reward is None:
             raise InputError("AlignmentResampling: reward is required (or selection='perplexity')")
+        if self.config.selection == "categorical" and (self.config.guard is None or not self.config.preferred):
+            raise InputError("AlignmentResampling: categorical selection needs a guard and the preferred labels")
 
     def generate(
         self, model: Any, tokenizer: Any, prompts: Sequence[Any], *, seed: int = 0, max_new_tokens: int = 64,
@@ -87,21 +108,39 @@ class AlignmentResampling(Configurable):
             first_index=first_index, return_logprobs=self.config.selection == "perplexity",
         )  # fmt: skip
         flat = [g for group in candidates for g in group]
+        calls = len(flat) * ((self.config.selection == "categorical") + (self.config.reward is not None))
         if self.config.selection == "perplexity":
-            scores = torch.tensor([_mean_logprob(g) for g in flat], dtype=torch.float64)
+            scores, calls = [_mean_logprob(g) for g in flat], 0
+        elif self.config.reward is None:
+            scores = [0.0] * len(flat)
         else:
-            scores = self._rewards(flat, tokenizer is None)
-        scored = [replace(g, reward=float(s)) for g, s in zip(flat, scores.tolist(), strict=True)]
-        groups = [scored[i : i + n] for i in range(0, len(scored), n)]
-        chosen = [group[_first_best([float(g.reward or 0.0) for g in group])] for group in groups]
-        tokens = sum(len(g.ids) for g in flat)
+            scores = self._rewards(flat, tokenizer is None).tolist()
+        winners = [_first_best(scores[i : i + n]) for i in range(0, len(flat), n)]
+        if self.config.selection == "categorical":
+            winners = self._categorical(flat, winners, seed, first_index)
+        if self.config.reward is not None or self.config.selection == "perplexity":
+            flat = [replace(g, reward=s) for g, s in zip(flat, scores, strict=True)]
+        groups = [flat[i : i + n] for i in range(0, len(flat), n)]
         return DecodeResult(
-            generations=chosen, candidates=groups, kl=kl_price(n), kl_kind="bound",
-            cost=Cost(tokens, 0 if self.config.selection == "perplexity" else len(flat), time.monotonic() - began),
+            generations=[group[winner] for group, winner in zip(groups, winners, strict=True)], candidates=groups,
+            kl=kl_price(n), kl_kind="bound",
+            cost=Cost(sum(len(g.ids) for g in flat), calls, time.monotonic() - began),
         )  # fmt: skip
 
+    def _categorical(self, flat: list[Generation], winners: list[int], seed: int, first_index: int) -> list[int]:
+        """Per prompt a uniform choice among candidates with a preferred label; the winner by reward where there is none.
+        The draw depends on the seed and the prompt's index alone."""
+        verdicts = self.config.guard([question(g.prompt) for g in flat], [g.text for g in flat])
+        fits = [verdict.label in self.config.preferred for verdict in verdicts]
+        n = self.config.n
+        chosen = []
+        for place, winner in enumerate(winners):
+            good = [j for j in range(n) if fits[place * n + j]]
+            chosen.append(random.Random(f"{seed} {first_index + place}").choice(good) if good else winner)
+        return chosen
+
     def _rewards(self, flat: list[Generation], as_ids: bool) -> torch.Tensor:
-        prompts = [_plain(g.prompt) for g in flat]
+        prompts = [question(g.prompt) for g in flat]
         responses: list[Any] = [g.ids if as_ids else g.text for g in flat]
         scores = torch.as_tensor(self.config.reward(prompts, responses), dtype=torch.float64).reshape(-1)
         if len(scores) != len(flat):
@@ -121,7 +160,7 @@ def _mean_logprob(generation: Generation) -> float:
     return float(generation.logprobs.double().mean())
 
 
-def _plain(prompt: Any) -> Any:
+def question(prompt: Any) -> Any:
     """The last user message of a chat; rewards judge the question, not the template."""
     if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], dict):
         return prompt[-1]["content"]

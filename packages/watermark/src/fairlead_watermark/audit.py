@@ -9,6 +9,7 @@ Axes: K keys (or seeds of the unmarked model), P prompts. Every value is a mean 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -106,9 +107,84 @@ def _mean_variance(values: np.ndarray) -> float:
     return float(values.var(ddof=1) / len(values)) if len(values) > 1 else 0.0
 
 
-def compare(mark: str, unmarked: dict[str, ArrayLike], marked: dict[str, ArrayLike]) -> Audit:
+def bootstrap_interval(
+    unmarked_KP: ArrayLike, marked_KP: ArrayLike, resamples: int = 2000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile interval of the mean difference without the normal law of `shift`: prompts are drawn once for both
+    sides (they are paired), the keys of each side for themselves. With few prompts or keys it is a little too narrow."""
+    a, b = _table("values", unmarked_KP), _table("values", marked_KP)
+    if a.shape[1] != b.shape[1]:
+        raise InputError(f"{a.shape[1]} prompts unmarked, {b.shape[1]} marked; the audit is paired by prompt")
+    rng = np.random.default_rng(seed)
+
+    def weights(items: int) -> np.ndarray:
+        return rng.multinomial(items, np.full(items, 1 / items), size=resamples) / items
+
+    prompts_RP = weights(a.shape[1])
+    marked_R, unmarked_R = (((weights(len(v)) @ v) * prompts_RP).sum(1) for v in (b, a))
+    low, high = np.quantile(marked_R - unmarked_R, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def compare(mark: str, unmarked: Mapping[str, ArrayLike], marked: Mapping[str, ArrayLike]) -> Audit:
     """Audit one mark: {metric: values [K, P]} on both sides; metrics present on both are compared."""
     return Audit(mark, {m: shift(m, unmarked[m], marked[m]) for m in unmarked if m in marked})
+
+
+def measure(
+    model: Any, tokenizer: Any, harmful: Sequence[Any], benign: Sequence[Any], guard: Any,
+    make_mark: Callable[[int], Any] | None, keys: Sequence[int], *, reward: Any = None, n: int = 1, seed: int = 0,
+    **options: Any,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Answer every prompt under every key and judge the answers: {metric: [K, P]}, means over n candidates.
+
+    harmful, benign: prompts (strings or chats). guard: a Guard. make_mark: key -> Watermark; None is the unmarked model,
+    for which the keys only count how often it is asked. reward: a Reward or None. options: of
+    `fairlead.generation.generate` (max_new_tokens, temperature, batch_size, ...).
+    "unsafe" is over the harmful prompts, "overrefusal" and "helpful" over the benign ones, "reward" and "nll" (mean
+    negative log-probability of the answer under the unmarked model) over both.
+    """
+    from fairlead.generation import generate
+
+    from .alignment_resampling import question
+
+    prompts = [*harmful, *benign]
+    if not len(harmful) or not len(benign) or not len(keys):
+        raise InputError(f"an audit needs harmful prompts, benign prompts and keys, got {len(harmful)}, {len(benign)}, {len(keys)}")
+    asked = [question(p) for p in prompts for _ in range(n)]
+    found: dict[str, list[np.ndarray]] = {}
+    for index, key in enumerate(keys):
+        made = generate(
+            model, tokenizer, prompts, watermark=None if make_mark is None else make_mark(int(key)), n=n,
+            seed=seed + index, return_logprobs=True, **options,
+        )  # fmt: skip
+        answers = [g for group in made for g in group]
+        verdicts = guard(asked, [g.text for g in answers])
+        columns: dict[str, list[float]] = {
+            "unsafe": [float(v.unsafe) for v in verdicts],
+            "overrefusal": [float(v.refusal) for v in verdicts],
+            "helpful": [np.nan if v.helpful is None else float(v.helpful) for v in verdicts],
+            "nll": [-float(g.logprobs.double().mean()) for g in answers if g.logprobs is not None],
+        }
+        if reward is not None:
+            columns["reward"] = [float(r) for r in reward(asked, [g.text for g in answers])]
+        for metric, values in columns.items():
+            found.setdefault(metric, []).append(np.asarray(values).reshape(len(prompts), n).mean(1))
+    side = {"unsafe": slice(len(harmful)), "overrefusal": slice(len(harmful), None), "helpful": slice(len(harmful), None)}
+    tables = {metric: np.stack(rows)[:, side.get(metric, slice(None))] for metric, rows in found.items()}
+    return {metric: table for metric, table in tables.items() if np.isfinite(table).all()}
+
+
+def audit(
+    model: Any, tokenizer: Any, harmful: Sequence[Any], benign: Sequence[Any], guard: Any,
+    marks: Mapping[str, Callable[[int], Any]], keys: Sequence[int], **options: Any,
+) -> dict[str, Audit]:  # fmt: skip
+    """Audit every mark, {name: key -> Watermark}, against the unmarked model; arguments as `measure`."""
+    unmarked = measure(model, tokenizer, harmful, benign, guard, None, keys, **options)
+    return {
+        name: compare(name, unmarked, measure(model, tokenizer, harmful, benign, guard, make_mark, keys, **options))
+        for name, make_mark in marks.items()
+    }
 
 
 def simplex_point(unsafe: float, overrefusal: float) -> tuple[float, float, float]:

@@ -42,7 +42,8 @@ class Gumbel(Mark):
         min_p: float | None = None, prompt_length: int | None = None, pad_token_id: int | None = None,
     ) -> Any:  # fmt: skip
         """Leaves the chosen token alone finite. Give temperature, top_k, top_p and min_p here: `generate` puts its own
-        after custom processors, where they no longer change the choice."""
+        after custom processors, where they no longer change the choice. Beams and `num_return_sequences` give equal
+        texts, since the choice is fixed; with num_beams use do_sample=False."""
         check_options(self.name, temperature, top_k, top_p, min_p)
         return super().processor(
             prompt_length=prompt_length, pad_token_id=pad_token_id, temperature=temperature, top_k=top_k, top_p=top_p,

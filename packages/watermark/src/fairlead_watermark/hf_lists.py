@@ -73,6 +73,9 @@ class PermutationLists:
         if context_BH is not None and width:
             known_BH = context_BH.cpu()[:, -width:]
             before_BH[:, width - known_BH.shape[1] :] = known_BH
+        if ids_BT.shape[1] == 0:
+            nothing_B = torch.zeros_like(texts.lengths_B)
+            return nothing_B, nothing_B, texts.ids_BT.to(torch.int8)
         windows_BTW = torch.cat([before_BH, ids_BT], 1).unfold(1, width + 1, 1)
         valid_BT = (windows_BTW >= 0).all(2)
         windows_NW = windows_BTW[valid_BT]
@@ -83,7 +86,8 @@ class PermutationLists:
             if dedup == "pair":
                 fingerprint_N = draws_N * self._config.vocab_size + tokens_N
             elif self._selfhash:
-                fingerprint_N = windows_NW[:, :-1].unique(dim=0, return_inverse=True)[1]
+                contexts_NW = torch.nn.functional.pad(windows_NW[:, :-1], (1, 0))  # never of width 0
+                fingerprint_N = contexts_NW.unique(dim=0, return_inverse=True)[1]
             else:
                 fingerprint_N = draws_N
             first_BT = _first(fingerprint_N, valid_BT)

@@ -17,6 +17,7 @@ from .. import bounds
 from .closed_form import SIZES
 from .organism import MARKS, UNMARKED, best_of
 
+
 def candidates_axis(axis: Any, ylabel: str) -> None:
     """A logarithmic axis of n whose ticks are the n that were measured."""
     axis.set(xscale="log", xlabel="candidates n", ylabel=ylabel)
