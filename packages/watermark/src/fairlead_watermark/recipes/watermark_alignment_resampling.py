@@ -46,7 +46,7 @@ class WatermarkAlignmentResamplingConfig(MethodConfig):
     )
     real: str = Field("zoo:smollm2-135m-instruct", description="chat model of the real-text part; empty skips it")
     real_answers: int = Field(100, ge=20, description="answers per mark of the real-text part")
-    real_tokens: int = Field(80, ge=20, description="longest answer of the real-text part")
+    real_tokens: int = Field(64, ge=20, description="longest answer of the real-text part")
 
 
 class WatermarkAlignmentResampling(Recipe):
