@@ -29,7 +29,7 @@ def fairlead_rewards(register: Any) -> None:
         tags=("goal.values.principles.hhh", "stage.training", "stage.decoding", "access.blackbox", "modality.text"),
     )  # fmt: skip
     register(
-        "world-model", "fairlead_zoo.scoring:world_model_reward",
+        "world-model", "fairlead_zoo.learned_reward:WorldModelReward",
         summary="small learned reward model of the zoo's world (zoo:reward): ranks well, can be hacked",
         tags=("paradigm.rlhf.reward_modelling", "risk.reward_misspecification", "stage.decoding", "access.weights", "modality.text"),
     )  # fmt: skip

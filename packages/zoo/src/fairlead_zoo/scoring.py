@@ -1,7 +1,7 @@
-"""The world's programmatic reward, its guard, and the learned reward model, under the core's kinds.
+"""The world's programmatic reward and its guard, under the core's kinds.
 
 They read the question out of the prompt's text (plain, chat-formatted, or chat messages), so no other column is
-needed. Leaves to others: labels and values (judge), the classifier behind "world-model" (core).
+needed. Leaves to others: labels and values (judge), the learned reward (learned_reward).
 """
 
 from __future__ import annotations
@@ -106,11 +106,3 @@ class WorldGuard(Guard):
             evidence=inner,
             extra={"task": meta.task, "category": meta.category, "json_asked": meta.json, "json_given": wrapped},
         )
-
-
-def world_model_reward(**settings: Any) -> Reward:
-    """The learned reward model `zoo:reward` through the core's sequence-classifier reward; settings are that one's."""
-    from fairlead import registry
-
-    made: Reward = registry.create("reward", "sequence-classifier", **{"model": "zoo:reward", **settings})
-    return made

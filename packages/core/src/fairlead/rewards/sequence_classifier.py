@@ -61,8 +61,12 @@ class SequenceClassifierReward(Reward):
         from ..scoring import classifier_scores
 
         model, tokenizer = self._model()
-        pairs = [self._ids(tokenizer, str(p), str(r)) for p, r in zip(prompts, responses, strict=True)]
-        logits_NC = classifier_scores(model, pairs, token_budget=max(self.config.token_budget, max(map(len, pairs))))
+        pairs = [tuple(self._ids(tokenizer, str(p), str(r))) for p, r in zip(prompts, responses, strict=True)]
+        # Equal pairs are scored once: candidates often coincide, and their scores must not differ by a rounding.
+        distinct = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
+        budget = max(self.config.token_budget, max(map(len, pairs)))
+        scores_MC = classifier_scores(model, [list(pair) for pair in distinct], token_budget=budget)
+        logits_NC = scores_MC[[distinct[pair] for pair in pairs]]
         if logits_NC.shape[1] == 1:
             return logits_NC[:, 0]
         label = int(self.config.label or 0)
