@@ -10,6 +10,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 from fairlead.errors import InputError
 from fairlead.logprobs import completion_logprobs, linear_head, perplexity
+from fairlead.packed import why_not_packable
 
 SMALL = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "initializer_range": 0.3}  # fmt: skip
@@ -32,6 +33,13 @@ def dense(model: Any, ids: list[int], temperature: float = 1.0) -> torch.Tensor:
     with torch.no_grad():
         logp = (model(torch.tensor([ids])).logits[0].float() / temperature).log_softmax(-1)
     return logp[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+@pytest.fixture(scope="module")
+def gemma_that_packs() -> Any:
+    torch.manual_seed(0)
+    config = Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=1.0, attn_logit_softcapping=None, pad_token_id=0)
+    return Gemma2ForCausalLM(config).eval()
 
 
 ROWS = [[5, 9, 3, 7, 1, 8], [4, 4, 2], [11, 12, 13, 14]]
@@ -94,7 +102,12 @@ def test_capped_logits_are_noticed(llama: Any, gemma: Any) -> None:
     assert linear_head(gemma) is None
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_capped_attention_keeps_a_model_from_packed_rows_and_capped_logits_do_not(gemma: Any, gemma_that_packs: Any) -> None:
+    assert "softcap" in why_not_packable(gemma)
+    assert why_not_packable(gemma_that_packs) == ""
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "gemma_that_packs"])
 def test_perplexity_is_that_of_the_scored_part(name: str, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(name)
     found = perplexity(model, [*ROWS, [3]], starts=[0, 1, 2, 0])

@@ -159,9 +159,8 @@ def _usable(
     for row in rows:
         try:
             ids, source = _ids(row, field, tokenizer)
-            outside = next((t for t in ids if not 0 <= t < vocab_size), None)
-            if outside is not None:
-                raise InputError(f"{row.where}: token id {outside} lies outside the vocabulary of {vocab_size}")
+            if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+                raise InputError(f"{row.where}: token id {min(ids) if min(ids) < 0 else max(ids)} lies outside the vocabulary of {vocab_size}")
         except InputError as error:
             # A first row that cannot be tested tells of the wrong options rather than of a broken line.
             if bad_lines == "stop" or not tested:
@@ -174,7 +173,7 @@ def _usable(
 
 def _ids(row: Row, field: str | None, tokenizer: Any) -> tuple[list[int], str]:
     value = row.get(field) if field else next((row[k] for k in ("ids", "text") if row.get(k) is not None), None)
-    if isinstance(value, list) and all(isinstance(t, int) and not isinstance(t, bool) for t in value):
+    if isinstance(value, list) and set(map(type, value)) <= {int}:
         return value, "ids"
     if isinstance(value, str):
         if tokenizer is None:
