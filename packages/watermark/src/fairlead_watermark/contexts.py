@@ -70,15 +70,18 @@ def as_tensor(values: Any, name: str) -> torch.Tensor:
 @dataclass(frozen=True)
 class Texts:
     """Texts aligned to the left: ids_BT with -1 behind the end, lengths_B, and `source_BT`, the column of the input that
-    each token came from."""
+    each token came from. `whole`: there was no padding."""
 
     ids_BT: torch.Tensor
     lengths_B: torch.Tensor
     source_BT: torch.Tensor
     shape: torch.Size
+    whole: bool = False
 
     def restore(self, values_BT: torch.Tensor) -> torch.Tensor:
         """Per-token values float64 back in the columns of the input, NaN where there is no token."""
+        if values_BT.dtype == torch.float64 and self.whole:
+            return values_BT
         width = max(self.shape[1], 1)
         out = torch.full((self.shape[0], width), torch.nan, dtype=torch.float64, device=values_BT.device)
         inside = torch.arange(self.ids_BT.shape[1], device=values_BT.device) < self.lengths_B[:, None]
@@ -101,6 +104,8 @@ def texts(ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_size: in
             raise InputError(f"ids: integer token ids of shape [B, T] are needed, got {ids.dtype} {list(ids.shape)}")
     ids = ids.to(torch.int64)
     if attention_mask is None:
+        if ids.numel() == 0 or (int(ids.amin()) >= 0 and int(ids.amax()) < vocab_size):
+            return _whole(ids)
         real_BT = torch.ones_like(ids, dtype=torch.bool)
     else:
         real_BT = as_tensor(attention_mask, "attention_mask").to(ids.device).bool()
@@ -114,9 +119,7 @@ def texts(ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_size: in
             "mask padding with attention_mask, or use the vocabulary the text was made with"
         )
     if bool(real_BT.all()):
-        columns_BT = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        lengths_B = torch.full((ids.shape[0],), ids.shape[1], dtype=torch.int64, device=ids.device)
-        return Texts(ids, lengths_B, columns_BT, ids.shape)
+        return _whole(ids)
     begins_B = (real_BT & ~torch.nn.functional.pad(real_BT[:, :-1], (1, 0))).sum(1)
     if bool((begins_B > 1).any()):
         row = int((begins_B > 1).nonzero()[0])
@@ -124,3 +127,10 @@ def texts(ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_size: in
     order_BT = (~real_BT).to(torch.int8).sort(dim=1, stable=True).indices
     aligned_BT = ids.masked_fill(~real_BT, MISSING).gather(1, order_BT)
     return Texts(aligned_BT, real_BT.sum(1), order_BT, ids.shape)
+
+
+def _whole(ids: torch.Tensor) -> Texts:
+    """Texts without padding."""
+    columns_BT = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    lengths_B = torch.full((ids.shape[0],), ids.shape[1], dtype=torch.int64, device=ids.device)
+    return Texts(ids, lengths_B, columns_BT, ids.shape, whole=True)

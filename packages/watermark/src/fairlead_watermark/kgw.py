@@ -142,7 +142,8 @@ class KGW(Mark):
 
     def _score(self, texts: Texts, context_BH: torch.Tensor | None, dedup: Dedup) -> Score:
         green_B, scored_B, marks_BT = self._lists.count(texts, context_BH, dedup)
-        return green_B, scored_B, marks_BT.double().masked_fill(marks_BT < 0, torch.nan)
+        scores_BT = marks_BT.double()
+        return green_B, scored_B, scores_BT.masked_fill_(marks_BT < 0, torch.nan)
 
     def _test(self, statistic_B: torch.Tensor, scored_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gamma = self.config.gamma

@@ -86,7 +86,10 @@ class Mark(Watermark):
         ids_BT = self.visible(contexts.hide_padding(ids_BT, pad_token_id), start)
         marked_BV = self._process(ids_BT, logits_BV, **options)
         repeated_B = self.repeated(ids_BT, start)
-        return marked_BV if repeated_B is None else torch.where(repeated_B[:, None], logits_BV, marked_BV)
+        if repeated_B is None or marked_BV is logits_BV:
+            return marked_BV
+        rows = repeated_B.nonzero()[:, 0]  # few: a copy of these rows, not of all logits
+        return marked_BV.index_copy_(0, rows, logits_BV[rows]) if len(rows) else marked_BV
 
     def answer_start(
         self, prompt_length: int | None, ids_BT: torch.Tensor, positions_B: torch.Tensor

@@ -65,9 +65,10 @@ class ModifiedGumbel(Gumbel):
             seen_BT = self.visible(ids_BT, start)
             weights_BV = self._process(seen_BT, logits_BV.float(), **options)
             repeated_B = self.repeated(seen_BT, start)
-            if repeated_B is not None:
-                plain_BV = truncated(logits_BV.float() / temperature, top_k, top_p, min_p)
-                weights_BV = torch.where(repeated_B[:, None], plain_BV, weights_BV)
+            if repeated_B is not None and bool(repeated_B.any()):
+                rows = repeated_B.nonzero()[:, 0]
+                plain_BV = truncated(logits_BV[rows].float() / temperature, top_k, top_p, min_p)
+                weights_BV.index_copy_(0, rows, plain_BV)
             with as_input_errors():
                 return draw(weights_BV, ids_BT, seeds_B=seeds_B, positions_B=positions_B)
 
