@@ -58,3 +58,20 @@ def gumbel_sample(
     if int(ids_B.min()) == -3:
         raise MemoryError(f"gumbel_sample: no memory for rows of {vocabulary} logits")
     return ids_B, logprob_B
+
+
+def gumbel_uniform(context_BH: torch.Tensor, key: int, vocabulary: int) -> torch.Tensor:
+    batch, width = context_BH.shape
+    out_BV = torch.empty((batch, vocabulary), dtype=torch.float32)
+    native.for_rows(
+        native.function("fl_gumbel_uniform", "qqpqqqQqp"),
+        batch,
+        vocabulary * 4,
+        context_BH.data_ptr(),
+        *context_BH.stride(),
+        width,
+        unsigned_key(key),
+        vocabulary,
+        out_BV.data_ptr(),
+    )
+    return out_BV

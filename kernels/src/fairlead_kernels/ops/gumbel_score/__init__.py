@@ -1,19 +1,22 @@
 """Scores of the Gumbel watermark for whole texts: S = sum over scored tokens of -ln(1 - u), Gamma(n, 1) without the mark.
 
-u is the keyed uniform of `gumbel_sample`, float32, and 1 - u and its logarithm are float64. Repeated draws carry no new
-evidence and make p-values too small (Fernandez et al. 2023, arXiv:2308.00113), so each is scored once.
+u is the keyed uniform of `gumbel_sample`, float32, and 1 - u and its logarithm are float64; u is never 1, so a score is at
+most ln 2^24 = 16.64. The p-value of S is the upper regularised gamma function Q(n, S). Repeated draws carry no new evidence
+and make p-values too small (Fernandez et al. 2023, arXiv:2308.00113), so each is scored once. Under the mark a context that
+comes back takes the same token again, which is why contexts rather than pairs are told apart by default.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ... import library
+from ... import checks, library
 from ..prf.keys import signed_key
 from .spec import SPECS
 
 library.define(SPECS)
 _gumbel_score = torch.ops.fairlead.gumbel_score.default
+WIDEST = 4096
 DEDUP = ("pair", "context", "none")
 
 __all__ = ["gumbel_score"]
@@ -38,21 +41,18 @@ def gumbel_score(
     Returns score_B (float64), scored_B (int64) and tokens_BT (float64, NaN = not scored).
     ValueError / TypeError on anything else.
     """
-    if not isinstance(ids_BT, torch.Tensor) or ids_BT.dim() != 2 or ids_BT.dtype.is_floating_point:
-        raise TypeError("ids_BT: integer ids of shape [batch, tokens] are needed")
-    batch = ids_BT.shape[0]
-    if lengths_B is not None and (lengths_B.dtype.is_floating_point or lengths_B.shape != (batch,)):
-        raise ValueError(f"lengths_B: integers of shape [{batch}] are needed, not {list(lengths_B.shape)}")
-    if context_BH is not None and (
-        context_BH.dim() != 2 or context_BH.dtype.is_floating_point or context_BH.shape[0] != batch
-    ):
-        raise ValueError(f"context_BH: integer ids of shape [{batch}, width] are needed, not {list(context_BH.shape)}")
-    if dedup not in DEDUP:
-        raise ValueError(f"dedup: one of {', '.join(DEDUP)} is needed, not {dedup!r}")
-    if context_width < 0:
-        raise ValueError(f"context_width: 0 or more is needed, not {context_width}")
-    as_int64 = [None if value is None else value.to(torch.int64) for value in (lengths_B, context_BH)]
+    ids_BT = checks.ids(ids_BT, "ids_BT", "batch, tokens")
+    if lengths_B is not None:
+        lengths_B = checks.per_row(lengths_B, "lengths_B", "integer", ids_BT)
+    if context_BH is not None:
+        context_BH = checks.ids(context_BH, "context_BH", "batch, context")
+        checks.beside(context_BH, "context_BH", ids_BT, "ids_BT")
+    checks.one_of(dedup, "dedup", DEDUP)
+    if isinstance(context_width, bool) or not isinstance(context_width, int):
+        raise TypeError(f"context_width: an integer is needed, not {checks.describe(context_width)}")
+    if not 0 <= context_width <= WIDEST:
+        raise ValueError(f"context_width: 0 to {WIDEST} is needed, not {context_width}")
     result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _gumbel_score(
-        ids_BT.to(torch.int64), *as_int64, signed_key(key), int(context_width), dedup, pad_left
+        ids_BT, lengths_B, context_BH, signed_key(key), context_width, dedup, bool(pad_left)
     )
     return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..green_count.reference import extend, fingerprint, first_occurrences, scorable
-from ..gumbel_sample.reference import uniforms
+from ..gumbel_sample.stream import uniforms
 from ..prf.reference import context_state, philox_words
 
 Scores = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
