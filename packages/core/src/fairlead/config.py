@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -39,8 +41,31 @@ class MethodConfig(BaseModel):
             raise ConfigError(describe(error, type(self))) from None
 
     def public_dict(self) -> dict[str, Any]:
-        """JSON-ready settings for logs, profiles and reports; secrets appear as fingerprints."""
-        return self.model_dump(mode="json")
+        """JSON-ready settings for logs, profiles and reports; secrets appear as fingerprints, methods with their names
+        and settings, functions and other objects by name."""
+        return {name: _public(value) for name, value in self.model_dump(mode="python").items()}
+
+
+def _public(value: Any) -> Any:
+    """A setting as JSON values."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value.value if isinstance(value, Enum) else value
+    if isinstance(value, Mapping):
+        return {str(k): "<not shown>" if str(k) == "key" else _public(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_public(v) for v in value]
+    if isinstance(value, Configurable):
+        return {"name": getattr(value, "name", type(value).__name__), **value.config.public_dict()}
+    if isinstance(value, (Path, Enum)):
+        return str(value) if isinstance(value, Path) else value.value
+    return getattr(value, "__qualname__", type(value).__name__)
+
+
+def _without_keys(value: Any) -> Any:
+    """An input to be shown in an error: nested settings without their keys."""
+    if isinstance(value, Mapping):
+        return {k: "<not shown>" if str(k) == "key" else _without_keys(v) for k, v in value.items()}
+    return [_without_keys(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def describe(error: ValidationError, config: type[BaseModel]) -> str:
@@ -62,7 +87,7 @@ def describe(error: ValidationError, config: type[BaseModel]) -> str:
             lines.append(f"{field}: is required")
             continue
         secret = known is not None and SecretKey in getattr(known.annotation, "__args__", (known.annotation,))
-        shown = "" if secret or not head else f", got {fault['input']!r}"
+        shown = "" if secret or not head else f", got {_without_keys(fault['input'])!r}"
         message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
         lines.append(f"{field}: {message}{shown}")
     return f"{config.__name__.removesuffix('Config')}: " + "; ".join(lines)
