@@ -78,7 +78,8 @@ FL_INLINE uint16_t fl_store_f16(float value) { /* round to nearest even; NaN bec
 /* exp and log without calls, so that loops over them become vector code. Relative error below 2e-7 (exp) and 3e-7 (log).
  * exp: -inf -> 0, NaN -> NaN, above 88.72 -> inf. log: 0 -> -inf, subnormals count as 0, inf -> inf, below 0 -> NaN. */
 FL_INLINE float fl_expf(float x) {
-    float bounded = x < -87.3f ? -87.3f : (x > 88.7f ? 88.7f : x);
+    float bounded = x > 88.7f ? 88.7f : x; /* two plain selects: a nested one costs the vector code masks */
+    bounded = bounded < -87.3f ? -87.3f : bounded;
     float power = (bounded * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
     float rest = (bounded - power * 0.693359375f) + power * 2.12194440e-4f;
     float sum = 1.9875691500e-4f;
@@ -91,7 +92,23 @@ FL_INLINE float fl_expf(float x) {
     float value = sum * fl_from_bits((uint32_t)((int32_t)power + 127) << 23);
     value = x < -87.3f ? 0.0f : value;
     value = x > 88.7228f ? INFINITY : value;
-    return x != x ? x : value;
+    return value; /* NaN has come through the polynomial */
+}
+
+/* fl_expf of what is at most 0, or NaN: half of its selects fall away. For sums of exp(x - largest). */
+FL_INLINE float fl_expf_below(float x) {
+    const float bounded = x < -87.3f ? -87.3f : x;
+    const float power = (bounded * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
+    const float rest = (bounded - power * 0.693359375f) + power * 2.12194440e-4f;
+    float sum = 1.9875691500e-4f;
+    sum = sum * rest + 1.3981999507e-3f;
+    sum = sum * rest + 8.3334519073e-3f;
+    sum = sum * rest + 4.1665795894e-2f;
+    sum = sum * rest + 1.6666665459e-1f;
+    sum = sum * rest + 5.0000001201e-1f;
+    sum = sum * rest * rest + rest + 1.0f;
+    const float value = sum * fl_from_bits((uint32_t)((int32_t)power + 127) << 23);
+    return x < -87.3f ? 0.0f : value;
 }
 
 FL_INLINE float fl_logf(float x) {

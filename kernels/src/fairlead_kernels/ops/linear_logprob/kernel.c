@@ -1,5 +1,8 @@
 /* What linear_logprob does to a tile of float32 logits, one pass over each row: rows [begin, end), dense, `count` wide.
  * `local` is the target's column in the tile, outside of it for most rows. */
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("fp-contract=fast") /* fused multiply-adds in exp; results are compared within tolerances */
+#endif
 #include "fairlead.h"
 
 /* Of their own, not inlined: inside a longer function the compiler leaves these loops scalar. */
@@ -13,7 +16,7 @@ FL_CLONES FL_NOINLINE float tile_top(const float *values, int64_t count) {
 FL_CLONES FL_NOINLINE float tile_sum(const float *values, int64_t count, float top, float scale) {
     float sum = 0.0f;
     _Pragma("omp simd reduction(+ : sum)")
-    for (int64_t i = 0; i < count; ++i) sum += fl_expf((values[i] - top) * scale);
+    for (int64_t i = 0; i < count; ++i) sum += fl_expf_below((values[i] - top) * scale);
     return sum;
 }
 
@@ -21,7 +24,7 @@ FL_CLONES FL_NOINLINE float tile_exp(float *values, int64_t count, float top, fl
     float sum = 0.0f;
     _Pragma("omp simd reduction(+ : sum)")
     for (int64_t i = 0; i < count; ++i) {
-        const float value = fl_expf((values[i] - top) * scale);
+        const float value = fl_expf_below((values[i] - top) * scale);
         values[i] = value;
         sum += value;
     }

@@ -1,5 +1,8 @@
 /* segment_reduce: segments [begin, end) of values [N, D] with any strides (in elements), offsets int64 [S + 1].
  * Sums in double; each output is made by one thread in the order of its values, so it is the same on every run. */
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("fp-contract=fast") /* fused multiply-adds in exp; results are compared within tolerances */
+#endif
 #include "fairlead.h"
 
 enum { SUM = 0, MEAN = 1, MAX = 2, ARGMAX = 3, LAST = 4, LOGSUMEXP = 5 };
@@ -23,8 +26,28 @@ FL_INLINE double total_of(const void *values, int32_t dtype, int64_t first, int6
     return total;
 }
 
+/* Dense float32, of their own and not inlined: inside a longer function the compiler leaves these loops scalar. */
+FL_CLONES FL_NOINLINE float dense_largest(const float *values, int64_t count) {
+    float most = -INFINITY;
+    int32_t wrong = 0;
+    _Pragma("omp simd reduction(max : most) reduction(| : wrong)")
+    for (int64_t i = 0; i < count; ++i) {
+        most = values[i] > most ? values[i] : most;
+        wrong |= values[i] != values[i];
+    }
+    return wrong ? NAN : most;
+}
+
+FL_CLONES FL_NOINLINE float dense_exp_sum(const float *values, int64_t count, float top) {
+    float sum = 0.0f;
+    _Pragma("omp simd reduction(+ : sum)")
+    for (int64_t i = 0; i < count; ++i) sum += fl_expf(values[i] - top); /* top is 0 beside +inf */
+    return sum;
+}
+
 /* The largest value; NaN when there is one. -inf of nothing. */
 FL_INLINE float largest_of(const void *values, int32_t dtype, int64_t first, int64_t count, int64_t step) {
+    if (dtype == FL_F32 && step == 1) return dense_largest((const float *)values + first, count);
     float most = -INFINITY;
     int wrong = 0;
     for (int64_t i = 0; i < count; ++i) {
@@ -53,8 +76,9 @@ FL_INLINE float logsumexp_of(const void *values, int32_t dtype, int64_t first, i
     for (int64_t at = 0; at < count; at += 4096) { /* float sums of blocks, double sum of the blocks */
         const int64_t block = count - at < 4096 ? count - at : 4096;
         float part = 0.0f;
-        _Pragma("omp simd reduction(+ : part)")
-        for (int64_t i = 0; i < block; ++i) part += fl_expf(load(values, dtype, first + (at + i) * step) - safe);
+        if (dtype == FL_F32 && step == 1) part = dense_exp_sum((const float *)values + first + at, block, safe);
+        else
+            for (int64_t i = 0; i < block; ++i) part += fl_expf(load(values, dtype, first + (at + i) * step) - safe);
         total += part;
     }
     return (float)(log(total) + safe);

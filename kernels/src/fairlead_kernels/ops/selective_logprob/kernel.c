@@ -1,4 +1,7 @@
 /* selective_logprob and its backward: rows [begin, end). Strides in elements, temperature as its inverse. */
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("fp-contract=fast") /* fused multiply-adds in exp; results are compared within tolerances */
+#endif
 #include "fairlead.h"
 
 #define TILE 4096
@@ -20,7 +23,7 @@ FL_CLONES FL_NOINLINE float largest_of(const float *values, int64_t count) {
 FL_CLONES FL_NOINLINE float exp_sum(const float *values, int64_t count, float top, float scale) {
     float sum = 0.0f;
     _Pragma("omp simd reduction(+ : sum)")
-    for (int64_t i = 0; i < count; ++i) sum += fl_expf((values[i] - top) * scale);
+    for (int64_t i = 0; i < count; ++i) sum += fl_expf_below((values[i] - top) * scale);
     return sum;
 }
 
