@@ -85,9 +85,9 @@ class Green(Watermark):
         return Detection(count.double(), torch.where(scored > 0, p_value, 1.0), scored)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture()
 def green() -> Iterator[str]:
-    """The name under which the watermark is registered."""
+    """The name under which the watermark is registered, for the length of a test."""
     registry.methods()
     registry.add(Method("test-green", "watermark", Green, package="tests"))
     yield "test-green"
