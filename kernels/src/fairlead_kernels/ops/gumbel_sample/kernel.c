@@ -170,7 +170,7 @@ FL_INLINE double exp_double(double x) {
     sum = sum * r + 1.0;
     int64_t bits;
     memcpy(&bits, &shifted, 8); /* the low bits of `shifted` are `power` as an integer */
-    bits = (int64_t)((uint64_t)bits + 1023) << 52;
+    bits = (int64_t)(((uint64_t)bits + 1023) << 52);
     double scale;
     memcpy(&scale, &bits, 8);
     return sum * scale;
