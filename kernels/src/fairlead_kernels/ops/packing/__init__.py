@@ -112,7 +112,9 @@ def unpack(
         longest = int(offsets.diff().max()) if offsets.shape[0] > 1 else 0
     width = longest if width is None else width
     if isinstance(width, bool) or not isinstance(width, int) or width < longest:
-        raise ValueError(f"width: an integer of at least the longest sequence, {longest}, is needed, not {width!r}")
+        raise ValueError(
+            f"width: an integer of at least the longest sequence, {longest}, is needed, not {checks.describe(width)}"
+        )
     checks.number(fill, "fill")
     flat_ND = values_N.reshape(values_N.shape[0], _depth(values_N))
     padded_STD: torch.Tensor = _unpack_rows(flat_ND, offsets, width, fill, bool(left))
@@ -131,7 +133,12 @@ def _pack_padded(
     batch, width = values_BT.shape[:2]
     if lengths is None:
         raise ValueError("lengths: a padded tensor needs the number of tokens of each row")
-    lengths_B = lengths if isinstance(lengths, torch.Tensor) else torch.as_tensor(lengths, device=values_BT.device)
+    try:
+        lengths_B = (
+            lengths if isinstance(lengths, torch.Tensor) else torch.tensor(list(lengths), device=values_BT.device)
+        )
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"lengths: {batch} integers are needed, not {checks.describe(lengths)}") from error
     if lengths_B.numel() == 0:
         lengths_B = lengths_B.to(torch.int64)
     if lengths_B.shape != (batch,) or not checks.is_integer(lengths_B.dtype) or lengths_B.device != values_BT.device:

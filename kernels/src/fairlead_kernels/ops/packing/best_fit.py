@@ -8,6 +8,8 @@ from collections.abc import Iterable
 
 import torch
 
+from ... import checks
+
 
 def best_fit(lengths: Iterable[int] | torch.Tensor, token_budget: int, allow_oversize: bool = False) -> list[list[int]]:
     """Bins of sequence indices with at most `token_budget` tokens each.
@@ -17,11 +19,14 @@ def best_fit(lengths: Iterable[int] | torch.Tensor, token_budget: int, allow_ove
     own instead of a ValueError. O(S log S) for S sequences.
     """
     if isinstance(token_budget, bool) or not isinstance(token_budget, int) or token_budget < 1:
-        raise ValueError(f"token_budget: an integer of at least 1 is needed, not {token_budget!r}")
-    sizes = lengths.tolist() if isinstance(lengths, torch.Tensor) else list(lengths)
+        raise ValueError(f"token_budget: an integer of at least 1 is needed, not {checks.describe(token_budget)}")
+    try:
+        sizes = list(lengths.tolist() if isinstance(lengths, torch.Tensor) else lengths)
+    except TypeError as error:
+        raise TypeError(f"lengths: integers are needed, not {checks.describe(lengths)}") from error
     for i, size in enumerate(sizes):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"lengths: integers of at least 1 are needed, number {i} is {size!r}")
+            raise ValueError(f"lengths: integers of at least 1 are needed, number {i} is {checks.describe(size)}")
     if sizes and max(sizes) > token_budget and not allow_oversize:
         text = f"a sequence of {max(sizes)} tokens is above the token_budget of {token_budget}"
         raise ValueError(f"lengths: {text}; raise it or allow_oversize=True")

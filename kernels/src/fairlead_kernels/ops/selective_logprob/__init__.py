@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ... import library
+from ... import checks, library
 from .spec import SPECS
 
 library.define(SPECS)
@@ -26,16 +26,21 @@ def selective_logprob(logits_NV: torch.Tensor, ids_N: torch.Tensor, temperature:
     ValueError / TypeError on anything else; ids are checked on the CPU only (on a GPU that would wait for the device).
     """
     if not isinstance(logits_NV, torch.Tensor) or logits_NV.dim() < 1 or not logits_NV.dtype.is_floating_point:
-        raise TypeError("logits_NV: a floating tensor of shape [..., vocabulary] is needed")
-    if not isinstance(ids_N, torch.Tensor) or ids_N.dtype.is_floating_point or ids_N.shape != logits_NV.shape[:-1]:
-        raise ValueError(f"ids_N: integer ids of shape {list(logits_NV.shape[:-1])} are needed, not {list(ids_N.shape)}")
-    if not temperature > 0:
-        raise ValueError(f"temperature: above 0 is needed, not {temperature}")
+        raise TypeError(f"logits_NV: a floating tensor [..., vocabulary] is needed, not {checks.describe(logits_NV)}")
+    if not isinstance(ids_N, torch.Tensor) or not checks.is_integer(ids_N.dtype):
+        raise TypeError(f"ids_N: integer ids are needed, not {checks.describe(ids_N)}")
+    if ids_N.shape != logits_NV.shape[:-1] or ids_N.device != logits_NV.device:
+        wanted = f"{list(logits_NV.shape[:-1])} on {logits_NV.device}"
+        raise ValueError(f"ids_N: ids of shape {wanted} are needed, not {list(ids_N.shape)} on {ids_N.device}")
+    if not 0 < checks.number(temperature, "temperature") < float("inf"):
+        raise ValueError(f"temperature: a finite number above 0 is needed, not {temperature}")
     vocabulary = logits_NV.shape[-1]
     if not torch.compiler.is_compiling() and ids_N.device.type == "cpu" and ids_N.numel():
         low, high = int(ids_N.min()), int(ids_N.max())
         if low < 0 or high >= vocabulary:
             raise ValueError(f"ids_N: ids in [0, {vocabulary}) are needed, not {low if low < 0 else high}")
-    logp, _ = _selective_logprob(logits_NV.reshape(-1, vocabulary), ids_N.reshape(-1).to(torch.int64), float(temperature))
+    logp, _ = _selective_logprob(
+        logits_NV.reshape(-1, vocabulary), ids_N.reshape(-1).to(torch.int64), float(temperature)
+    )
     result: torch.Tensor = logp.reshape(ids_N.shape)
     return result

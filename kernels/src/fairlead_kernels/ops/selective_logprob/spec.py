@@ -64,7 +64,9 @@ def samples(dtype: torch.dtype, device: str, seed: int) -> Iterator[Sample]:
         return values.to(dtype).to(device)
 
     def ids(rows: int, vocabulary: int) -> torch.Tensor:
-        return (torch.randint(0, vocabulary, (rows,), generator=generator) // 9 * 9).clamp(max=vocabulary - 1).to(device)
+        return (
+            (torch.randint(0, vocabulary, (rows,), generator=generator) // 9 * 9).clamp(max=vocabulary - 1).to(device)
+        )
 
     for vocabulary in (1, 2, 63, 1000, 2048):
         yield Sample((logits(3, vocabulary), ids(3, vocabulary), 1.0), label=str(vocabulary))
@@ -95,7 +97,9 @@ def compile_cases(dtype: torch.dtype) -> Iterator[CompileCase]:
     pointer = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
     strides = dict.fromkeys(("logits_row", "logits_column", "ids_stride", "vocabulary"), "i64")
     common = {"logits_ptr": pointer, "ids_ptr": "*i64", "lse_ptr": "*fp32", "scale": "fp32", **strides}
-    yield CompileCase(f"{HERE}.triton:selective_logprob_kernel", {**common, "logp_ptr": "*fp32"}, {"BLOCK": 4096}, "forward")
+    yield CompileCase(
+        f"{HERE}.triton:selective_logprob_kernel", {**common, "logp_ptr": "*fp32"}, {"BLOCK": 4096}, "forward"
+    )
     more = {**common, "grad_ptr": "*fp32", "grad_stride": "i64", "out_ptr": pointer}
     yield CompileCase(f"{HERE}.triton:selective_logprob_backward_kernel", more, {"BLOCK": 4096}, "backward")
 
