@@ -50,9 +50,8 @@ def closed_form_section(run: Run, result: dict[str, Any]) -> None:
         error = [1.96 * m["se"][str(n)] for n in SIZES]
         left.errorbar(SIZES, gap, yerr=error, color=COLOURS[name], marker="o", capsize=3, label=LABELS[name])
         if m["sigma"] > 0:
-            smooth = np.geomspace(1, SIZES[-1], 60)
-            curve = [bounds.resampling_gain(float(x), m["sigma"]) - m["eps"] for x in smooth]
-            left.plot(smooth, curve, color=COLOURS[name], ls="--", lw=1)
+            bound = [m["bound"][str(n)] for n in SIZES]
+            left.plot(SIZES, bound, color=COLOURS[name], ls="--", lw=1, marker="_")
         right.plot(SIZES, [m["evidence"][str(n)] for n in SIZES], color=COLOURS[name], marker="o", label=LABELS[name])
     left.axhline(0, color="black", lw=0.8)
     candidates_axis(left, "reward against unmarked")
@@ -86,20 +85,24 @@ def audit_section(run: Run, found: dict[str, dict[str, Any]], harmful: int) -> d
     """Shifts of every mark against unmarked, flags, and the simplex picture."""
     sides = {name: _metrics(values, harmful) for name, values in found.items()}
     audits = {name: guard_audit.compare(name, sides[UNMARKED], sides[name]) for name in MARKS}
-    rows = []
-    for name, audit in audits.items():
-        row: dict[str, Any] = {"mark": LABELS[name]}
-        for metric, label in METRIC_LABELS.items():
-            s = audit.shifts[metric]
-            star = " *" if s.significant else ""
-            row[label] = f"{s.unmarked:.3f} → {s.marked:.3f} ({s.difference:+.3f} ± {(s.high - s.low) / 2:.3f}){star}"
-        row["finding"] = audit.verdict
-        rows.append(row)
+    rows = [
+        {
+            "mark": LABELS[name],
+            "metric": label,
+            "unmarked": f"{s.unmarked:.3f}",
+            "marked": f"{s.marked:.3f}",
+            "difference, 95 %": f"{s.difference:+.3f} ± {(s.high - s.low) / 2:.3f}",
+            "p": f"{s.p_value:.1e}" + (" *" if s.significant else ""),
+        }
+        for name, audit in audits.items()
+        for s, label in ((audit.shifts[metric], label) for metric, label in METRIC_LABELS.items())
+    ]
+    verdicts = "; ".join(f"{LABELS[name]}: {audit.verdict}" for name, audit in audits.items())
     run.table(
         "Audit: what each mark does to the aligned chat model", rows,
-        note="Unmarked → marked (difference with its 95 % interval; * p < .01), averaged over keys, prompts and candidates; "
-        "prompts and keys are crossed random factors. Attenuation: more unsafe answers. Amplification: more refusals of "
-        "benign prompts. Surprise is the mean negative log-probability of the answer under the unmarked model.",
+        note=f"{verdicts}. Averaged over keys, prompts and candidates; prompts and keys are crossed random factors; * p < .01. "
+        "Attenuation: more unsafe answers. Amplification: more refusals of benign prompts. Surprise is the mean negative "
+        "log-probability of the answer under the unmarked model.",
     )  # fmt: skip
     run.figure("audit", _audit_figure(audits), "Shift of each rate against the unmarked model, 95 % intervals over prompts and keys.")
     paths = {}
@@ -191,9 +194,8 @@ def resampling_section(run: Run, found: dict[str, dict[str, Any]], harmful: int)
         axis.errorbar(SIZES, points, yerr=error, color=COLOURS[name], marker="o", capsize=3, label=LABELS[name])
         sigma = float(found[name]["reward"].std(-1, ddof=1).mean())
         if sigma > 0:
-            smooth = np.geomspace(1, SIZES[-1], 60)
-            curve = [bounds.resampling_gain(float(x), sigma) + shifts[1].difference for x in smooth]
-            axis.plot(smooth, curve, color=COLOURS[name], ls=":", lw=1)
+            bound = [bounds.resampling_gain(n, sigma) + shifts[1].difference for n in SIZES]
+            axis.plot(SIZES, bound, color=COLOURS[name], ls=":", lw=1, marker="_")
     axis.axhline(0, color="black", lw=0.8)
     candidates_axis(axis, "reward against unmarked")
     axis.legend(frameon=False, fontsize=8)
