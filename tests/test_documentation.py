@@ -163,6 +163,10 @@ class TestEquations:
         assert isinstance(converted, str)
         return converted
 
+    @pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda p: str(p.relative_to(DOCS)))
+    def test_every_equation_of_a_page_can_be_set(self, page: Path) -> None:
+        self.convert(page.read_text(encoding="utf-8"))
+
     def test_a_paragraph_and_a_phrase(self) -> None:
         assert 'display="block"' in self.convert("a\n\n$$x^2$$\n")
         assert 'display="inline"' in self.convert("with $x$ in it")
