@@ -87,10 +87,13 @@ def test_meta_tensors_get_shapes_without_values() -> None:
     assert out.device.type == "meta" and out.shape == (3, 50) and out.dtype == torch.bfloat16
 
 
-@pytest.mark.skipif(
-    not os.environ.get("FAIRLEAD_TEST_COMPILE"), reason="set FAIRLEAD_TEST_COMPILE=1: compiling is slow"
+SLOW = pytest.mark.skipif(
+    not os.environ.get("FAIRLEAD_TEST_COMPILE"), reason="set FAIRLEAD_TEST_COMPILE=1: needs a C++ compiler and its time"
 )
-def test_torch_compile_makes_one_graph() -> None:
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=SLOW)])
+def test_torch_compile_makes_one_graph(backend: str) -> None:
     def step(logits: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         biased = watermark_bias(logits * 2, context, key=5, scheme="minhash")
         watermark_bias(biased, context, key=6, out=biased)
@@ -99,7 +102,7 @@ def test_torch_compile_makes_one_graph() -> None:
         return mixed
 
     logits, context = torch.randn(2, 300), torch.randint(0, 300, (2, 3))
-    compiled = torch.compile(step, fullgraph=True)
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
     torch.testing.assert_close(compiled(logits, context), step(logits, context))
 
 
