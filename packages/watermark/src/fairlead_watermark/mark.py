@@ -74,8 +74,18 @@ class Mark(Watermark):
         """
         if self.config.context_from == "answer" and prompt_length is None:
             raise ConfigError(f"{self.name}: with context_from='answer' the processor needs prompt_length")
-        call = functools.partial(self._call, prompt_length or 0, pad_token_id, options)
+        call = functools.partial(self._call_checked, prompt_length or 0, pad_token_id, options)
         return _processor_class()(call, repr(self))
+
+    def _call_checked(
+        self, start: int, pad_token_id: int | None, options: dict[str, Any], ids_BT: torch.Tensor, logits_BV: torch.Tensor
+    ) -> torch.Tensor:
+        """`_call` for logits that no sampler of ours will look at: InputError for a row of NaN. One column is looked
+        at: a NaN in the hidden state reaches them all, and a pass over the logits is what marking itself costs."""
+        if logits_BV.device.type == "cpu" and bool(logits_BV[:, :1].isnan().any()):
+            row = int(logits_BV[:, 0].isnan().nonzero()[0])
+            raise InputError(f"logits: row {row} is NaN; the model's numbers have overflowed, try float32 or bfloat16")
+        return self._call(start, pad_token_id, options, ids_BT, logits_BV)
 
     def _call(
         self, start: int | torch.Tensor, pad_token_id: int | None, options: dict[str, Any], ids_BT: torch.Tensor,
@@ -102,12 +112,7 @@ class Mark(Watermark):
         return contexts.answers(ids_BT, start) if self.config.context_from == "answer" else ids_BT
 
     def check_logits(self, logits_BV: torch.Tensor) -> None:
-        """InputError when the logits have another width than the vocabulary of the key's lists, or a row of NaN. One
-        column is looked at: a NaN in the hidden state reaches them all, and a pass over the logits is what marking
-        costs. Samplers see every NaN."""
-        if logits_BV.device.type == "cpu" and bool(logits_BV[:, :1].isnan().any()):
-            row = int(logits_BV[:, 0].isnan().nonzero()[0])
-            raise InputError(f"logits: row {row} is NaN; the model's numbers have overflowed, try float32 or bfloat16")
+        """InputError when the logits have another width than the vocabulary of the key's lists."""
         if logits_BV.shape[-1] != self.config.vocab_size:
             raise InputError(
                 f"vocab_size: the watermark has {self.config.vocab_size}, the model's logits have {logits_BV.shape[-1]}; "

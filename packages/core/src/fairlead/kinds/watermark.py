@@ -74,8 +74,8 @@ class TokenSampler(Protocol):
         self, logits_BV: torch.Tensor, ids_BT: torch.Tensor, *, seeds_B: torch.Tensor, positions_B: torch.Tensor
     ) -> torch.Tensor:
         """Next ids int64 [B] from raw logits [B, V] (any float dtype) and all ids so far, prompt included; -1 stands
-        for left padding. `seeds_B` (one per sequence) and `positions_B` (index of the token about to be drawn), both
-        int64 [B], are the sampling noise: counter-based, so a row's draw does not depend on its batch mates. They
+        for left padding. `seeds_B` (one per sequence) and `positions_B` (index of the token about to be drawn, 0 for
+        the answer's first), both int64 [B], are the sampling noise: counter-based, so a row's draw does not depend on its batch mates. They
         never touch the key's stream."""
         ...
 
