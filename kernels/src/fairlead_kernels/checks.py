@@ -56,6 +56,12 @@ def share(value: Any, name: str = "gamma") -> float:
     return float(value)
 
 
+def flag(value: Any, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: True or False is needed, not {describe(value)}")
+    return value
+
+
 def one_of(value: Any, name: str, allowed: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name}: one of {', '.join(allowed)} is needed, not {describe(value)}")

@@ -80,7 +80,7 @@ def gumbel_sample(
         rows = checks.per_row(rows, "rows", "bool", logits_BV)
     ids_B, logprob_B = _gumbel_sample(
         logits_BV, context_BH, key, seeds, positions, single, per_row, _top_k(top_k), _top_p(top_p), _min_p(min_p), rows,
-        bool(return_logprob),
+        checks.flag(return_logprob, "return_logprob"),
     )  # fmt: skip
     if looks and batch:
         worst, at = ids_B.min(0)
@@ -93,14 +93,14 @@ def gumbel_uniform(context_BH: torch.Tensor, vocab_size: int, *, key: int) -> to
     """The keyed uniforms u_v of the whole vocabulary after each context, float32 [B, V] in (0, 1): the numbers behind
     `gumbel_sample`'s noise, for schemes that need more of them than the winner.
 
-    context_BH: integer ids, oldest first, -1 = missing; H may be 0. key: in [0, 2^64). vocab_size: at least 1.
+    context_BH: integer ids, oldest first, -1 = missing; H may be 0. key: in [0, 2^64). vocab_size: 1 to 2^24.
     ValueError / TypeError on anything else.
     """
     context_BH = checks.ids(context_BH, "context_BH", "batch, context")
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
         raise TypeError(f"vocab_size: an integer is needed, not {checks.describe(vocab_size)}")
-    if not 1 <= vocab_size <= 1 << 31:
-        raise ValueError(f"vocab_size: 1 to 2^31 is needed, not {vocab_size}")
+    if not 1 <= vocab_size <= 1 << 24:
+        raise ValueError(f"vocab_size: 1 to 2^24 is needed, not {vocab_size}")
     u_BV: torch.Tensor = _gumbel_uniform(context_BH, signed_key(key), vocab_size)
     return u_BV
 

@@ -53,6 +53,6 @@ def gumbel_score(
     if not 0 <= context_width <= WIDEST:
         raise ValueError(f"context_width: 0 to {WIDEST} is needed, not {context_width}")
     result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _gumbel_score(
-        ids_BT, lengths_B, context_BH, signed_key(key), context_width, dedup, bool(pad_left)
+        ids_BT, lengths_B, context_BH, signed_key(key), context_width, dedup, checks.flag(pad_left, "pad_left")
     )
     return result
