@@ -36,7 +36,7 @@ class WatermarkAlignmentResamplingConfig(MethodConfig):
     reward: str = Field("world", description="registered reward that alignment resampling maximises")
     keys: int = Field(24, ge=4, description="watermark keys over which every shift is averaged")
     prompts_per_side: int = Field(40, ge=10, description="harmful prompts, and as many benign ones")
-    candidates: int = Field(8, ge=4, multiple_of=4, description="answers per prompt and key")
+    candidates: int = Field(8, ge=8, multiple_of=8, description="answers per prompt and key, in whole groups of 8")
     chat_tokens: int = Field(26, ge=4, description="longest answer of the chat model under audit")
     english: str = Field("zoo:english", description="language model of the detection-power part")
     english_rounds: int = Field(5, ge=1, description="rounds over the 20 openings of the detection-power part, one key each")
