@@ -104,7 +104,6 @@ def bench(session: nox.Session) -> None:
 @nox.session
 def wheels(session: nox.Session) -> None:
     """Build every wheel, install each alone in a fresh environment, run its README example."""
-    install(session, "build")
     built = Path(session.create_tmp()) / "wheels"
     shutil.rmtree(built, ignore_errors=True)
     for distribution in DISTRIBUTIONS:
