@@ -38,9 +38,9 @@ def check(rows: int) -> None:
 
 
 def rows() -> Iterator[Row]:
-    for count in (4096, 64):
+    for count, faster in ((4096, 4.0), (64, 3.0)):
         yield Row(
             "gumbel_score", f"{count} x 512", "int64", functools.partial(ours, count),
-            {"torch": functools.partial(eager, count)}, "torch", 4.0, check=functools.partial(check, count),
+            {"torch": functools.partial(eager, count)}, "torch", faster, check=functools.partial(check, count),
             peer_repeats=2,
         )  # fmt: skip

@@ -15,6 +15,9 @@ from fairlead_kernels import (
     grad_norm_linear,
     green_count,
     group_normalize,
+    gumbel_sample,
+    gumbel_score,
+    gumbel_uniform,
     kron_sketch,
     linear_logprob,
     pack,
@@ -58,6 +61,21 @@ CALLS: list[tuple[Any, dict[str, Any]]] = [
         green_count,
         {"ids_BT": IDS, "lengths_B": torch.tensor([3, 1]), "key": 5, "gamma": 0.3, "context_width": 2,
          "scheme": "selfhash", "dedup": "pair", "context_BH": IDS, "pad_left": True},
+    ),
+    (
+        gumbel_sample,
+        {"logits_BV": torch.zeros(2, 9), "context_BH": IDS, "key": 5, "temperature": 0.5, "top_k": 3, "top_p": 0.5,
+         "min_p": 0.1, "rows": torch.tensor([True, False]), "return_logprob": True},
+    ),
+    (
+        gumbel_sample,
+        {"logits_BV": torch.zeros(2, 9), "seeds": IDS[:, 0], "positions": IDS[:, 1], "temperature": torch.ones(2)},
+    ),
+    (gumbel_uniform, {"context_BH": IDS, "vocab_size": 9, "key": 5}),
+    (
+        gumbel_score,
+        {"ids_BT": IDS, "lengths_B": torch.tensor([3, 1]), "key": 5, "context_width": 2, "dedup": "pair",
+         "context_BH": IDS, "pad_left": True},
     ),
     (selective_logprob, {"logits_NV": torch.zeros(3, 9), "ids_N": CUTS, "temperature": 1.0}),
     (
