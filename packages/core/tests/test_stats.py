@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -77,3 +80,87 @@ def test_bootstrap_intervals_hold_the_mean_and_resample_clusters_whole() -> None
 def test_empty_and_broken_samples_are_refused(bad: object) -> None:
     with pytest.raises(InputError):
         stats.mean(bad)
+
+
+def test_bca_and_percentile_agree_with_scipy() -> None:
+    from scipy.stats import bootstrap
+
+    values = np.random.default_rng(3).exponential(1, 50)
+    for method in ("BCa", "percentile"):
+        theirs = bootstrap((values,), np.mean, n_resamples=4000, method=method, rng=np.random.default_rng(0)).confidence_interval
+        ours = stats.bootstrap(values, resamples=4000, method=method.lower())  # type: ignore[arg-type]
+        assert ours.low == pytest.approx(theirs.low, abs=0.02)
+        assert ours.high == pytest.approx(theirs.high, abs=0.02)
+    assert stats.bootstrap(values, np.mean, seed=5) == stats.bootstrap(values, np.mean, seed=5)
+
+
+def test_the_bootstrap_of_a_mean_is_the_bootstrap_of_the_function_mean() -> None:
+    values, clusters = [1.0, 4.0, 2.0, 8.0, 5.0, 7.0], ["a", "a", "b", "c", "c", "c"]
+    fast, slow = stats.bootstrap_mean(values, clusters, seed=1), stats.bootstrap(values, np.mean, clusters, seed=1)
+    assert fast.low == pytest.approx(slow.low)
+    assert fast.high == pytest.approx(slow.high)
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30), st.data())
+def test_an_interval_holds_its_estimate_whatever_the_values(values: list[float], data: st.DataObject) -> None:
+    clusters = data.draw(st.none() | st.lists(st.sampled_from(["a", "b", 3, None, (1, 2)]), min_size=len(values), max_size=len(values)))
+    found = stats.bootstrap(values, clusters=clusters, resamples=50)
+    assert found.low <= found.estimate <= found.high
+    assert found.n == len(values)
+    mean = stats.mean(values, clusters)
+    assert mean.low <= mean.estimate <= mean.high
+
+
+def test_cluster_intervals_cover_at_their_level() -> None:
+    rng = np.random.default_rng(1)
+    clusters = np.repeat(np.arange(40), 4)
+    covered = 0
+    for seed in range(300):
+        values = rng.normal(0, 1, 40)[clusters] + rng.normal(0, 1, 160)
+        found = stats.bootstrap_mean(values, clusters, seed=seed)
+        covered += found.low <= 0 <= found.high
+    assert 0.90 <= covered / 300 <= 0.985
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
+def test_adjusted_p_values_only_grow_and_holm_is_the_stricter(p_values: list[float]) -> None:
+    holm, hochberg = stats.holm(p_values), stats.benjamini_hochberg(p_values)
+    assert (hochberg >= np.array(p_values) - 1e-12).all()
+    assert (holm >= hochberg - 1e-12).all()
+    assert (holm <= 1).all()
+
+
+def test_benjamini_hochberg_and_exact_binomial_of_worked_examples() -> None:
+    np.testing.assert_allclose(stats.benjamini_hochberg([0.01, 0.04, 0.03, 0.005]), [0.02, 0.04, 0.04, 0.02])
+    assert stats.binomial_test(8, 10) == pytest.approx(112 / 1024)
+    assert stats.binomial_test(8, 10, alternative="greater") == pytest.approx(56 / 1024)
+    assert stats.mcnemar([True] * 22, [False] * 22) == pytest.approx(4.8e-7, rel=0.01)
+
+
+@given(st.integers(2, 10), st.integers(0, 2**31))
+def test_sign_flip_is_exact_for_few_items(n: int, seed: int) -> None:
+    d = np.random.default_rng(seed).normal(0, 1, n)
+    signs = np.array(list(itertools.product([-1, 1], repeat=n)))
+    assert stats.sign_flip(d) == pytest.approx(np.mean(np.abs(signs @ d) >= abs(d.sum()) - 1e-9))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: stats.wilson(3, 2),
+        lambda: stats.wilson(1, 2, level=95),
+        lambda: stats.clopper_pearson(0, 0),
+        lambda: stats.mean([1.0, 2.0], clusters=[1]),
+        lambda: stats.bootstrap([1.0, 2.0], clusters=[1]),
+        lambda: stats.bootstrap([1.0, 2.0], method="basic"),  # type: ignore[arg-type]
+        lambda: stats.paired_difference([1.0], [1.0, 2.0]),
+        lambda: stats.mcnemar([True], [True, False]),
+        lambda: stats.holm([0.5, 1.5]),
+        lambda: stats.benjamini_hochberg([-0.1]),
+        lambda: stats.binomial_test(1, 2, p=2),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(call: Callable[[], object]) -> None:
+    with pytest.raises(InputError) as error:
+        call()
+    assert "\n" not in str(error.value)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -43,9 +43,15 @@ def _values(values: ArrayLike, name: str = "values") -> np.ndarray:
     return array
 
 
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise InputError(f"level: must lie in (0, 1), as 0.95, got {level}")
+
+
 def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     """Wilson score interval of a proportion."""
     _check_counts(successes, n)
+    _check_level(level)
     from scipy.special import ndtri
 
     z = float(ndtri(0.5 + level / 2))
@@ -58,6 +64,7 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
 def clopper_pearson(successes: int, n: int, level: float = 0.95) -> Interval:
     """Exact (conservative) interval of a proportion."""
     _check_counts(successes, n)
+    _check_level(level)
     from scipy.special import betaincinv
 
     tail = (1 - level) / 2
@@ -85,8 +92,14 @@ def standard_error(values: ArrayLike, clusters: Sequence[Any] | None = None) -> 
 def _cluster_sums(values: np.ndarray, clusters: Sequence[Any]) -> np.ndarray:
     if len(clusters) != len(values):
         raise InputError(f"clusters: {len(clusters)} for {len(values)} values")
-    _, index = np.unique(np.asarray(clusters), return_inverse=True)
-    return np.bincount(index, weights=values)
+    return np.bincount(_cluster_index(clusters), weights=values)
+
+
+def _cluster_index(clusters: Sequence[Any]) -> np.ndarray:
+    """The number of each value's cluster, in order of appearance; ids may be of any hashable kind."""
+    numbers: dict[Any, int] = {}
+    ids = clusters.tolist() if hasattr(clusters, "tolist") else list(clusters)
+    return np.array([numbers.setdefault(c, len(numbers)) for c in ids])
 
 
 def mean(values: ArrayLike, clusters: Sequence[Any] | None = None, level: float = 0.95) -> Interval:
@@ -94,7 +107,8 @@ def mean(values: ArrayLike, clusters: Sequence[Any] | None = None, level: float 
     from scipy.special import stdtrit
 
     v = _values(values)
-    groups = len(v) if clusters is None else len(np.unique(np.asarray(clusters)))
+    _check_level(level)
+    groups = len(v) if clusters is None else len(_cluster_sums(v, clusters))
     if groups < 2:
         return Interval(float(v.mean()), float("-inf"), float("inf"), len(v), "t (undefined for one group)", level)
     half = float(stdtrit(groups - 1, 0.5 + level / 2)) * standard_error(v, clusters)
@@ -106,35 +120,87 @@ def mean(values: ArrayLike, clusters: Sequence[Any] | None = None, level: float 
 
 def bootstrap(
     values: ArrayLike, statistic: Callable[[np.ndarray], float] | None = None, clusters: Sequence[Any] | None = None,
-    resamples: int = 2000, level: float = 0.95, seed: int = 0,
+    resamples: int = 2000, level: float = 0.95, seed: int = 0, method: Literal["bca", "percentile"] = "bca",
 ) -> Interval:  # fmt: skip
-    """BCa bootstrap of a statistic (the mean by default); clusters are drawn whole, with a percentile interval."""
-    v = _values(values)
-    rng = np.random.default_rng(seed)
-    if clusters is None:
-        if len(v) < 2 or np.ptp(v) == 0:
-            point = float(v.mean()) if statistic is None else float(statistic(v))
-            return Interval(point, point, point, len(v), "bootstrap (no spread)", level)
-        from scipy.stats import bootstrap as scipy_bootstrap
+    """Bootstrap of a statistic (the mean by default), clusters resampled whole.
 
-        function: Any = np.mean if statistic is None else statistic
-        found = scipy_bootstrap(
-            (v,), function, n_resamples=resamples, confidence_level=level, method="BCa", rng=rng,
-            vectorized=statistic is None,
-        )  # fmt: skip
-        low, high = found.confidence_interval
-        return Interval(float(function(v)), float(low), float(high), len(v), f"BCa bootstrap, {resamples}", level)
-    _, index = np.unique(np.asarray(clusters), return_inverse=True)
-    members = [np.flatnonzero(index == c) for c in range(index.max() + 1)]
-    compute = np.mean if statistic is None else statistic
-    draws = [
-        compute(v[np.concatenate([members[c] for c in rng.integers(0, len(members), len(members))])])
-        for _ in range(resamples)
-    ]
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(
-        float(compute(v)), float(low), float(high), len(v), f"cluster bootstrap, {resamples}, {len(members)} clusters", level
-    )  # fmt: skip
+    BCa corrects for bias and skew with the jackknife over observations (over clusters when given); "percentile" takes
+    the plain quantiles. Without spread (one observation, one cluster, equal values) the interval is the estimate.
+    """
+    v = _values(values)
+    _check_level(level)
+    if method not in ("bca", "percentile"):
+        raise InputError(f"method: must be 'bca' or 'percentile', got {method!r}")
+    index = np.arange(len(v)) if clusters is None else _cluster_index(clusters)
+    if len(index) != len(v):
+        raise InputError(f"clusters: {len(index)} for {len(v)} values")
+    order = np.argsort(index, kind="stable")
+    members = np.split(order, np.cumsum(np.bincount(index))[:-1])
+    point = float(v.mean() if statistic is None else statistic(v))
+    kind = f"{'BCa' if method == 'bca' else 'percentile'} bootstrap, {resamples}"
+    name = kind if clusters is None else f"cluster {kind}, {len(members)} clusters"
+    if len(members) < 2:
+        return Interval(point, point, point, len(v), name + " (no spread)", level)
+    draws, jackknife = _resampled(v, members, statistic, resamples, np.random.default_rng(seed))
+    if np.ptp(draws) == 0:
+        return Interval(point, point, point, len(v), name + " (no spread)", level)
+    tails = np.array([(1 - level) / 2, (1 + level) / 2])
+    if method == "bca":
+        tails = _bca_tails(tails, draws, jackknife, point)
+    low, high = np.quantile(draws, tails)
+    return Interval(point, float(min(low, point)), float(max(high, point)), len(v), name, level)
+
+
+def bootstrap_mean(values: ArrayLike, clusters: Sequence[Any] | None = None, seed: int = 0, level: float = 0.95) -> Interval:
+    """BCa bootstrap of the mean, 2000 resamples; clusters are resampled whole."""
+    return bootstrap(values, clusters=clusters, seed=seed, level=level)
+
+
+def _resampled(
+    v: np.ndarray, members: list[np.ndarray], statistic: Callable[[np.ndarray], float] | None, resamples: int,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """The statistic over resamples, and with each cluster left out. Means are computed from the clusters' sums."""
+    count = len(members)
+    if statistic is None:
+        sums = np.array([v[m].sum() for m in members])
+        sizes = np.array([len(m) for m in members], dtype=float)
+        draws = np.empty(resamples)
+        step = max(1, 4_000_000 // count)
+        for start in range(0, resamples, step):
+            chosen = rng.integers(0, count, (min(step, resamples - start), count))
+            draws[start : start + len(chosen)] = sums[chosen].sum(1) / sizes[chosen].sum(1)
+        return draws, (sums.sum() - sums) / (sizes.sum() - sizes)
+    draws = np.array(
+        [statistic(v[np.concatenate([members[c] for c in rng.integers(0, count, count)])]) for _ in range(resamples)]
+    )
+    jackknife = np.array([statistic(np.delete(v, m)) for m in members])
+    return draws, jackknife
+
+
+def _bca_tails(tails: np.ndarray, draws: np.ndarray, jackknife: np.ndarray, point: float) -> np.ndarray:
+    """The quantiles to take in place of the nominal ones (Efron 1987): bias z0 and acceleration a."""
+    from scipy.special import ndtr, ndtri
+
+    below = ((draws < point).sum() + (draws <= point).sum()) / (2 * len(draws))
+    z0 = ndtri(np.clip(below, 1 / (2 * len(draws)), 1 - 1 / (2 * len(draws))))
+    away = jackknife.mean() - jackknife
+    spread = (away**2).sum() ** 1.5
+    acceleration = (away**3).sum() / (6 * spread) if spread > 0 else 0.0
+    z = z0 + ndtri(tails)
+    return ndtr(z0 + z / (1 - acceleration * z))
+
+
+def binomial_test(
+    successes: int, n: int, p: float = 0.5, alternative: Literal["two-sided", "less", "greater"] = "two-sided"
+) -> float:
+    """Exact p-value of "each of n trials succeeds with probability p"."""
+    from scipy.stats import binomtest
+
+    _check_counts(successes, n)
+    if not 0 <= p <= 1:
+        raise InputError(f"p: must lie in [0, 1], got {p}")
+    return float(binomtest(successes, n, p, alternative).pvalue)
 
 
 def paired_difference(
@@ -179,8 +245,25 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
 
 def holm(p_values: ArrayLike) -> np.ndarray:
     """Holm's adjusted p-values, in input order."""
-    p = _values(p_values, "p_values")
+    p = _probabilities(p_values)
     order = np.argsort(p)
     adjusted = np.empty_like(p)
     adjusted[order] = np.minimum(1, np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order]))
     return adjusted
+
+
+def benjamini_hochberg(p_values: ArrayLike) -> np.ndarray:
+    """Benjamini and Hochberg's adjusted p-values (false discovery rate), in input order."""
+    p = _probabilities(p_values)
+    order = np.argsort(p)[::-1]
+    adjusted = np.empty_like(p)
+    ranks = np.arange(len(p), 0, -1)
+    adjusted[order] = np.minimum(1, np.minimum.accumulate(len(p) / ranks * p[order]))
+    return adjusted
+
+
+def _probabilities(p_values: ArrayLike) -> np.ndarray:
+    p = _values(p_values, "p_values")
+    if ((p < 0) | (p > 1)).any():
+        raise InputError(f"p_values: must lie in [0, 1], got {float(p[(p < 0) | (p > 1)][0])}")
+    return p

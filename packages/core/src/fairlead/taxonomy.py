@@ -36,8 +36,8 @@ def nodes() -> dict[str, Node]:
 
 def check(tag: str) -> None:
     """UnknownNameError with the nearest ids when `tag` is not a node."""
-    if tag not in nodes():
-        raise UnknownNameError("tag", tag, nodes())
+    if not isinstance(tag, str) or tag not in nodes():
+        raise UnknownNameError("tag", str(tag), nodes())
 
 
 def matches(tags: Iterable[str], query: str) -> bool:
