@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 import stat
 import warnings
@@ -20,6 +21,7 @@ from .errors import InputError
 ENVIRONMENT_VARIABLE = "FAIRLEAD_WATERMARK_KEY"
 _SALT = b"fairlead key fingerprint v1\0"
 _MASK = (1 << 64) - 1
+FINGERPRINT = re.compile(r"key-[0-9a-f]{12}")
 
 
 class SecretKey:
@@ -133,12 +135,17 @@ def _from_bytes(data: bytes) -> int:
 
 
 def _from_file(path: Path) -> int:
+    shown = str(path) if str(path).isprintable() else repr(str(path))
     try:
         text = path.read_text(encoding="ascii").strip()
     except FileNotFoundError:
-        raise InputError(f"key: no key file at {path}; 'fairlead watermark new-key {path}' makes one") from None
-    except (OSError, UnicodeDecodeError):
-        raise InputError(f"key: {path} cannot be read as a key file (one decimal or 0x-hexadecimal number)") from None
+        if re.fullmatch(r"(0[xX])?[0-9a-fA-F_]+", str(path)):  # a key in quotes: not to be shown
+            raise InputError(
+                "key: a text is taken as the path of a key file, and there is none of this name; give a number as int"
+            ) from None
+        raise InputError(f"key: no key file at {shown}; 'fairlead watermark new-key {shown}' makes one") from None
+    except (OSError, ValueError):  # ValueError: not ASCII, or no possible path
+        raise InputError(f"key: {shown} cannot be read as a key file (one decimal or 0x-hexadecimal number)") from None
     if os.name == "posix" and stat.S_IMODE(path.stat().st_mode) & 0o077:
         warnings.warn(f"key file {path} can be read by others; run: chmod 600 {path}", stacklevel=3)
     return _from_text(text, where=str(path))

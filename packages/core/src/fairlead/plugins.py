@@ -12,13 +12,16 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from . import hookspecs
-from .errors import DuplicateMethodError, FairleadError
+from .errors import DuplicateMethodError, FairleadError, PluginError
 from .registry import KINDS, Method, Registry
+
+if TYPE_CHECKING:
+    import click
 
 GROUP = "fairlead"
 log = logging.getLogger("fairlead")
@@ -68,11 +71,10 @@ def manager() -> pluggy.PluginManager:
         try:
             pm.register(entry.load(), name=entry.name)
             pm.check_pending()
-        except Exception as error:  # a stranger's module may raise anything; it is reported, never hidden
+        except (Exception, SystemExit) as error:  # a stranger's module may raise anything; it is reported, never hidden
             if pm.has_plugin(entry.name):
                 pm.unregister(name=entry.name)
-            status.error = f"{type(error).__name__}: {error}".splitlines()[0]
-            _report(status)
+            _blame(status, "", error)
     for name in (only | without) - set(_statuses):
         log.warning("no plugin is named %r; installed: %s", name, ", ".join(sorted(_statuses)))
     return pm
@@ -82,18 +84,36 @@ def _report(status: PluginStatus) -> None:
     log.warning("plugin %s of %s is left out: %s", status.name, status.distribution, status.error)
 
 
+def _blame(status: PluginStatus, hook: str, error: BaseException) -> None:
+    """Note what a plugin raised, on one line, and where: at import (no hook) or in a hook; then say so."""
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    status.error = f"{hook}: {what}" if hook else what
+    if not hook:
+        _report(status)
+    else:
+        log.warning("plugin %s of %s: %s", status.name, status.distribution, status.error)
+
+
 def implementations(hook: str) -> Iterator[tuple[PluginStatus, Callable[..., Any]]]:
-    """Each plugin's implementation of a hook, in plugin order, so that one that raises can be told from the rest."""
+    """Each plugin's implementation of a hook, in plugin order, so that one that raises can be told from the rest.
+    It is called with the hook's arguments by name and, as pluggy has it, takes those it names."""
     pm = manager()
-    callers = {impl.plugin_name: impl.function for impl in getattr(pm.hook, hook).get_hookimpls()}
+    found = {impl.plugin_name: impl for impl in getattr(pm.hook, hook).get_hookimpls()}
     for name, status in list(_statuses.items()):
-        if name in callers and not status.disabled:
-            yield status, callers[name]
+        if name in found and not status.disabled:
+            yield status, functools.partial(_call, found[name])
+
+
+def _call(implementation: pluggy.HookImpl, **arguments: Any) -> Any:
+    return implementation.function(**{name: arguments[name] for name in implementation.argnames})
 
 
 def load_into(registry: Registry) -> None:
     """Let every plugin register its methods. DuplicateMethodError when two claim one name; other faults of a plugin
     are reported and cost only that plugin the method at fault and those after it in the same hook."""
+    manager()
+    for status in _statuses.values():
+        status.methods = 0
     for kind, hook in _HOOK_OF_KIND.items():
         for status, implementation in implementations(hook):
 
@@ -101,16 +121,17 @@ def load_into(registry: Registry) -> None:
                 name: str, factory: Any, *, paper: str = "", summary: str = "", tags: tuple[str, ...] = (),
                 kind: str = kind, status: PluginStatus = status,
             ) -> None:  # fmt: skip
-                registry.add(Method(name, kind, factory, paper, summary, tuple(tags), status.distribution))
+                known = tuple(tags) if isinstance(tags, (list, set, frozenset)) else tags
+                registry.add(Method(name, kind, factory, paper, summary, known, status.distribution))
                 status.methods += 1
 
             try:
                 implementation(register=register)
-            except DuplicateMethodError:
+            except DuplicateMethodError as error:
+                status.error = str(error)
                 raise
-            except Exception as error:  # see above
-                status.error = f"{hook}: {type(error).__name__}: {error}".splitlines()[0]
-                _report(status)
+            except (Exception, SystemExit) as error:  # see above
+                _blame(status, hook, error)
     _register_kernel_backends()
 
 
@@ -123,19 +144,23 @@ def _register_kernel_backends() -> None:
     for status, implementation in found:
         try:
             implementation(register=register_implementation)
-        except Exception as error:  # see above
-            status.error = f"fairlead_kernel_backends: {type(error).__name__}: {error}".splitlines()[0]
-            _report(status)
+        except (Exception, SystemExit) as error:  # see above
+            _blame(status, "fairlead_kernel_backends", error)
 
 
-def add_commands(cli: Any) -> None:
-    """Let every plugin add its commands to the command line."""
+def add_commands(cli: click.Group) -> None:
+    """Let every plugin add its commands to the command line. None may take the place of a command that is there: the
+    first keeps the name, and the plugin that came second is reported."""
     for status, implementation in implementations("fairlead_commands"):
+        before = dict(cli.commands)
         try:
             implementation(cli=cli)
-        except Exception as error:  # see above
-            status.error = f"fairlead_commands: {type(error).__name__}: {error}".splitlines()[0]
-            _report(status)
+        except (Exception, SystemExit) as error:  # see above
+            _blame(status, "fairlead_commands", error)
+        taken = sorted(name for name, command in before.items() if cli.commands.get(name) is not command)
+        cli.commands.update(before)
+        if taken:
+            _blame(status, "fairlead_commands", PluginError(f"the command {taken[0]!r} exists already"))
 
 
 def resolve(name: str) -> str | None:
@@ -146,8 +171,7 @@ def resolve(name: str) -> str | None:
         except FairleadError:
             raise
         except Exception as error:  # see above
-            status.error = f"fairlead_resolve: {type(error).__name__}: {error}".splitlines()[0]
-            _report(status)
+            _blame(status, "fairlead_resolve", error)
             continue
         if found is not None:
             return str(found)
@@ -157,17 +181,19 @@ def resolve(name: str) -> str | None:
 def notify(hook: str, **arguments: Any) -> None:
     """Call an observation hook of every plugin; an observer that raises is reported and never stops the run."""
     for status, implementation in implementations(hook):
-        names = implementation.__code__.co_varnames[: implementation.__code__.co_argcount]
         try:
-            implementation(**{k: v for k, v in arguments.items() if k in names})
+            implementation(**arguments)
         except Exception as error:  # see above
             log.warning("plugin %s: %s raised %s: %s", status.name, hook, type(error).__name__, error)
 
 
 def status() -> list[PluginStatus]:
-    """All plugins, loaded, disabled or broken."""
+    """All plugins: loaded, disabled, broken, and the one that claims another's name."""
     from . import registry
 
     manager()
-    registry.methods()
+    try:
+        registry.methods()
+    except DuplicateMethodError as error:
+        log.warning("%s", error)  # whoever asks for the state of the plugins is looking for this
     return list(_statuses.values())

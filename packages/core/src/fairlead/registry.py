@@ -6,7 +6,9 @@ wrong name says what was meant; two plugins with one name is an error that names
 
 from __future__ import annotations
 
+import functools
 import importlib
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +49,7 @@ class Method:
             return self.factory
         module, _, attribute = self.factory.partition(":")
         try:
-            return getattr(importlib.import_module(module), attribute)
+            return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
         except (ImportError, AttributeError) as error:
             raise PluginError(f"{self.kind} {self.name!r} of {self.package or 'unknown'}: cannot load: {error}") from error
 
@@ -67,11 +69,21 @@ class Registry:
     def add(self, method: Method) -> None:
         """Register a method; PluginError for nonsense, UnknownNameError for an unknown kind or tag."""
         if method.kind not in KINDS:
-            raise UnknownNameError("kind", method.kind, KINDS)
-        if not method.name or method.name != method.name.lower() or not set(method.name) <= _NAME_CHARACTERS:
+            raise UnknownNameError("kind", str(method.kind), KINDS)
+        if not isinstance(method.name, str) or not _NAME.fullmatch(method.name):
             raise PluginError(f"method name {method.name!r}: must be lower-case words joined by hyphens")
-        if isinstance(method.factory, str) and method.factory.count(":") != 1:
-            raise PluginError(f"{method.name}: factory must read 'module:attribute', got {method.factory!r}")
+        if isinstance(method.factory, str):
+            if not _IMPORT_STRING.fullmatch(method.factory):
+                raise PluginError(f"{method.name}: factory must read 'module:attribute', got {method.factory!r}")
+        elif not callable(method.factory):
+            raise PluginError(
+                f"{method.name}: factory must be 'module:attribute' or a callable, got a {type(method.factory).__name__}"
+            )
+        for field_name in ("paper", "summary"):
+            if not isinstance(getattr(method, field_name), str):
+                raise PluginError(f"{method.name}: {field_name} must be text, got {getattr(method, field_name)!r}")
+        if not isinstance(method.tags, tuple):
+            raise PluginError(f"{method.name}: tags must be a tuple of taxonomy ids, got {method.tags!r}")
         for tag in method.tags:
             taxonomy.check(tag)
         key = (method.kind, method.name)
@@ -103,12 +115,20 @@ class Registry:
         return self.get(kind, name).load()(**settings)
 
     def _fill(self) -> None:
+        """Let the plugins register, once; where two claim one name, every later look says so again."""
         load, self._load_plugins = self._load_plugins, None
-        if load is not None:
+        if load is None:
+            return
+        before = dict(self._methods)
+        try:
             load(self)
+        except BaseException:
+            self._methods, self._load_plugins = before, load
+            raise
 
 
-_NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyz0123456789-.+")
+_NAME = re.compile(r"[a-z0-9]+([-.+][a-z0-9]+)*")
+_IMPORT_STRING = re.compile(r"\w+(\.\w+)*:\w+(\.\w+)*")
 
 
 def _from_entry_points(target: Registry) -> None:

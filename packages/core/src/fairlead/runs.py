@@ -43,6 +43,7 @@ class Run:
         self._earlier = float(record.get("seconds", 0.0))
         self._samples: list[dict[str, Any]] = []
         self._listeners: list[Callable[[str, int, int | None], None]] = []
+        self._stages: dict[str, str] = {}
 
     @classmethod
     def open(
@@ -107,6 +108,9 @@ class Run:
 
     def stage(self, name: str, function: Callable[[], Any]) -> Any:
         """The result of `function()`, JSON-ready; kept, so that a resumed run reads it instead of working again."""
+        other = self._stages.setdefault(_file_name(name), name)
+        if other != name:
+            raise InputError(f"stages {other!r} and {name!r} would be kept in one file; give them names that differ more")
         path = self.dir / "stages" / f"{_file_name(name)}.json"
         if path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
@@ -289,4 +293,6 @@ def _git_commit() -> str:
 
 
 def _command() -> str:
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command line as it was typed, except for keys that were typed into it."""
+    arguments = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return " ".join(re.sub(r"(?i)([\w.-]*keys?[\"']?)\s*([=:]).*", r"\1\2<not shown>", a, flags=re.S) for a in arguments)
