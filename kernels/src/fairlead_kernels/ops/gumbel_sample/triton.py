@@ -40,7 +40,7 @@ def uniform_of(words):
     return (above.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key_low", "key_high"])
 def block_kernel(
     logits_ptr,
     logits_row,
@@ -180,7 +180,7 @@ def value_of(order):
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top_k"])
 def cutoff_kernel(
     logits_ptr,
     logits_row,
@@ -249,7 +249,7 @@ def cutoff_kernel(
     tl.store(least_ptr + row, value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key_low", "key_high"])
 def uniform_kernel(
     context_ptr,
     context_row,
