@@ -77,3 +77,10 @@ def as_reward(value: Any) -> Any:
     if isinstance(value, Mapping) and "name" in value:
         return registry.create("reward", value["name"], **{k: v for k, v in value.items() if k != "name"})
     raise ValueError("must be a Reward, a callable, a registered name or {'name': ..., settings}")
+
+
+def as_rewards(value: Any) -> list[Any]:
+    """Rewards from a list of what `as_reward` takes."""
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"must be a list of rewards, got a {type(value).__name__}")
+    return [as_reward(v) for v in value]

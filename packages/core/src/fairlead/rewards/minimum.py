@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, field_validator
 
 from ..config import MethodConfig
-from ..kinds.reward import Reward, as_reward, check_pairs
+from ..kinds.reward import Reward, as_rewards, check_pairs
 
 
 class MinConfig(MethodConfig):
@@ -20,7 +20,7 @@ class MinConfig(MethodConfig):
     @field_validator("rewards", mode="before")
     @classmethod
     def _build(cls, value: Any) -> Any:
-        return [as_reward(v) for v in value]
+        return as_rewards(value)
 
 
 class MinReward(Reward):

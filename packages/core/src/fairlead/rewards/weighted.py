@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from ..config import MethodConfig
-from ..kinds.reward import Reward, as_reward, check_pairs
+from ..kinds.reward import Reward, as_rewards, check_pairs
 
 
 class WeightedConfig(MethodConfig):
@@ -21,7 +21,7 @@ class WeightedConfig(MethodConfig):
     @field_validator("rewards", mode="before")
     @classmethod
     def _build(cls, value: Any) -> Any:
-        return [as_reward(v) for v in value]
+        return as_rewards(value)
 
     @model_validator(mode="after")
     def _same_count(self) -> WeightedConfig:
