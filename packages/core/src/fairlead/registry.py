@@ -49,7 +49,8 @@ class Method:
             return self.factory
         module, _, attribute = self.factory.partition(":")
         try:
-            return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+            found: Any = importlib.import_module(module)
+            return functools.reduce(getattr, attribute.split("."), found)  # type: ignore[no-any-return]
         except (ImportError, AttributeError) as error:
             raise PluginError(f"{self.kind} {self.name!r} of {self.package or 'unknown'}: cannot load: {error}") from error
 
