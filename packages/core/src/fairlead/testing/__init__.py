@@ -4,6 +4,7 @@
     TestMine = watermark_contract(lambda vocab_size, key: Mine(vocab_size=vocab_size, key=key))
 
 Each function returns a class of tests for pytest to collect; `registered_contract(kind, name)` checks the registration.
+What is registered can be checked without a test file: `pytest --fairlead-contracts NAME`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from ..errors import MissingDependencyError
 
-_CONTRACTS = ("watermark_contract", "reward_contract", "guard_contract", "recipe_contract", "registered_contract")
+_CONTRACTS = ("watermark_contract", "reward_contract", "guard_contract", "decoder_contract", "recipe_contract", "registered_contract")
 __all__ = [*_CONTRACTS, "tiny_model"]
 
 
