@@ -22,10 +22,10 @@ import torch
 from pydantic import Field, field_validator
 
 from fairlead import registry
-from fairlead.config import Configurable, MethodConfig
+from fairlead.config import MethodConfig
 from fairlead.errors import InputError
 from fairlead.generation import Cost, DecodeResult, Generation, generate
-from fairlead.kinds import Guard, Reward, Watermark
+from fairlead.kinds import Decoder, Guard, Reward, Watermark
 
 from .bounds import kl_price
 
@@ -77,7 +77,7 @@ def _build(kind: str, value: Any, expected: type) -> Any:
     raise ValueError(f"a {kind}, its registered name or {{'name': ..., settings}} is needed")
 
 
-class AlignmentResampling(Configurable):
+class AlignmentResampling(Decoder):
     """Best of n marked answers under a reward."""
 
     Config = AlignmentResamplingConfig
