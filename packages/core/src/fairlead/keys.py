@@ -102,7 +102,7 @@ class SecretKey:
 def new_key_file(path: str | os.PathLike[str]) -> SecretKey:
     """Write a fresh random key that only its owner can read; an existing file is never overwritten."""
     target = Path(path)
-    number = secrets.randbits(64)
+    number = secrets.randbits(63)  # transformers' lists take keys below 2^63; a key should serve every scheme
     try:
         handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
