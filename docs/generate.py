@@ -36,7 +36,8 @@ def command_line() -> str:
 
     def describe(command: click.Command, path: str, parent: click.Context | None) -> None:
         name = path.split()[-1]
-        context = click.Context(command, info_name=name, parent=parent, terminal_width=100, max_content_width=100)
+        width = {"terminal_width": 100, "max_content_width": 100}
+        context = click.Context(command, info_name=name, parent=parent, **{**command.context_settings, **width})
         parts.append(f"## {path}\n\n```text\n{command.get_help(context).rstrip()}\n```\n")
         if isinstance(command, click.Group):
             for child_name in command.list_commands(context):
