@@ -141,3 +141,12 @@ def test_keys_of_any_bytes_are_whole_numbers_with_a_fingerprint_that_is_no_part_
     assert key == SecretKey(key.reveal())
     assert f"{key.reveal():016x}" not in repr(key)
     assert len({key, SecretKey(data)}) == 1
+
+
+def test_a_dictionary_key_with_a_line_break_keeps_the_error_on_one_line() -> None:
+    class Words(MethodConfig):
+        weights: dict[str, float] = Field(default_factory=dict)
+
+    with pytest.raises(ConfigError, match=r"Words: weights\.'\\n': should be a valid number, got None") as caught:
+        Words(weights={"\n": None})
+    assert "\n" not in str(caught.value)

@@ -131,7 +131,7 @@ def describe(error: ValidationError, config: type[BaseModel]) -> str:
     """One line for all faults of a pydantic error; never shows the value of a secret field."""
     lines = []
     for fault in error.errors():
-        field = ".".join(str(part) for part in fault["loc"]) or config.__name__
+        field = ".".join(_printable(part) for part in fault["loc"]) or config.__name__
         if fault["type"] == "extra_forbidden":
             near = difflib.get_close_matches(field, config.model_fields, n=1)
             lines.append(f"unknown setting {field!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
@@ -144,6 +144,12 @@ def describe(error: ValidationError, config: type[BaseModel]) -> str:
         message = " ".join(fault["msg"].removeprefix("Value error, ").removeprefix("Input ").split())
         lines.append(f"{field}: {message}{shown}")
     return f"{config.__name__.removesuffix('Config')}: " + "; ".join(lines)
+
+
+def _printable(part: Any) -> str:
+    """A field's name, or a key of a dictionary, which may be any text, on one line."""
+    text = str(part)
+    return text if text.isprintable() else repr(text)
 
 
 class Configurable(ABC):  # noqa: B024 - the kinds add the abstract methods
