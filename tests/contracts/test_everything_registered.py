@@ -8,12 +8,23 @@ from typing import Any
 import pytest
 
 from fairlead import registry
-from fairlead.testing import guard_contract, recipe_contract, registered_contract, reward_contract, watermark_contract
+from fairlead.testing import (
+    decoder_contract,
+    guard_contract,
+    recipe_contract,
+    registered_contract,
+    reward_contract,
+    watermark_contract,
+)
 
 NEEDED: dict[tuple[str, str], dict[str, Any]] = {
     ("watermark", "gumbel"): {"dedup_contexts": "single_turn"},
     ("watermark", "modified-gumbel"): {"dedup_contexts": "single_turn"},
     ("watermark", "example-fixed-list"): {"delta": 4.0},
+    ("decoder", "alignment-resampling"): {
+        "reward": lambda prompts, responses: [float(len(r)) for r in responses],
+        "n": 2,
+    },
     ("reward", "callable"): {"function": lambda prompts, responses: [float(len(r)) for r in responses]},
     ("reward", "keyword"): {"weights": {"thanks": 1.0}},
     ("reward", "weighted"): {"rewards": ["length", "regex"], "weights": [0.5, 2.0]},
@@ -56,6 +67,7 @@ def cases() -> list[Any]:
     contracts += [(f"watermark-{n}", watermark_contract(make("watermark", n))) for n in names("watermark")]
     contracts += [(f"reward-{n}", reward_contract(make("reward", n), **PAIRS.get(n, {}))) for n in names("reward")]
     contracts += [(f"guard-{n}", guard_contract(make("guard", n), **PAIRS.get(n, {}))) for n in names("guard")]
+    contracts += [(f"decoder-{n}", decoder_contract(make("decoder", n))) for n in names("decoder")]
     contracts += [(f"recipe-{n}", recipe_contract(n)) for n in names("recipe")]
     return [
         pytest.param(contract, check, id=f"{name}-{check}")
@@ -70,5 +82,4 @@ def test_contract(contract: type, check: str) -> None:
 
 
 def test_every_kind_that_has_methods_has_a_contract() -> None:
-    """Decoders have the contract of their registration alone, and tests of their own."""
     assert {m.kind for m in registry.methods()} <= {"watermark", "reward", "guard", "recipe", "decoder"}
