@@ -8,13 +8,16 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fairlead import report, stats
-from fairlead.errors import RunExistsError
+from fairlead.errors import InputError, RunExistsError
 from fairlead.files import atomic_write
 from fairlead.runs import Run, read
 
@@ -139,3 +142,81 @@ def test_a_stopped_run_goes_on(tmp_path: Path, number: int, code: int) -> None:
     done = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "r" / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
+
+
+def test_figures_are_kept_and_stand_in_the_page_itself(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    run = small_run(tmp_path / "r")
+    drawn = Figure()
+    drawn.subplots().plot([1, 2])
+    run.figure("curve", drawn, 'one "curve" & more')
+    run.figure("cloud", drawn, "many marks", format="png")
+    with pytest.raises(InputError, match="already"):
+        run.figure("Curve", drawn)
+    with pytest.raises(InputError, match="'svg' or 'png'"):
+        run.figure("third", drawn, format="gif")  # type: ignore[arg-type]
+    run.finish()
+    html = (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
+    assert html.count("<svg") == 1
+    assert "data:image/png;base64," in html
+    assert not re.search(r'(src|href)="(?!#|data:|https://arxiv)', html)
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', html))
+    assert used <= set(ids)
+    (tmp_path / "r" / "figures" / "curve.svg").unlink()
+    with pytest.raises(InputError, match=r"curve\.svg"):
+        report.write(tmp_path / "r")
+
+
+def test_numbers_are_set_to_the_right_at_four_digits_and_an_interval_with_its_bounds(tmp_path: Path) -> None:
+    run = Run.open(tmp_path / "r", "sample", {}, seed=0)
+    run.headline("share", stats.wilson(9, 10))
+    run.table("T", [{"a": 0.1 + 0.2, "b": "a long answer " * 9, "c": None, "d": True}, {"a": 12345.678, "b": "x"}])
+    run.finish()
+    html = (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
+    assert '<td class="n">0.3</td>' in html
+    assert '<td class="n">1.235e+04</td>' in html
+    assert '<td class="l">a long answer' in html
+    assert "–</td>" in html and ">yes</td>" in html
+    assert "95% interval 0.596 to 0.982 (n = 10, Wilson)" in html
+
+
+def test_two_stages_that_would_share_a_file_are_refused(tmp_path: Path) -> None:
+    run = Run.open(tmp_path / "r", "sample", {}, seed=0)
+    assert run.stage("step 1", lambda: 1) == 1
+    assert run.stage("step 1", lambda: 2) == 1
+    with pytest.raises(InputError, match="step 1"):
+        run.stage("step-1", lambda: 3)
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=8))
+@settings(max_examples=25, deadline=None)
+def test_a_stage_gives_the_same_result_when_it_is_resumed(value: object) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        first = Run.open(Path(folder) / "r", "sample", {}, seed=0).stage("s", lambda: value)
+        again = Run.open(Path(folder) / "r", "sample", {}, seed=0, resume=True).stage("s", lambda: pytest.fail("worked again"))
+        assert first == again
+
+
+@given(title=st.text(max_size=30), text=st.text(max_size=60), cell=st.text(max_size=30))
+@settings(max_examples=25, deadline=None)
+def test_any_text_is_shown_as_text(title: str, text: str, cell: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run.open(Path(folder) / "r", "sample", {"note": "<img>"}, seed=0)
+        run.describe(title + "<b>", text)
+        run.section(title, text + "<script>")
+        run.table(title, [{"column <i>": cell + "<u>"}], note=text)
+        run.check(title, False, text + "<em>")
+        run.finish()
+        html = (run.dir / "report.html").read_text(encoding="utf-8")
+        assert not re.search(r"<(b|i|script|u|em|img)>", html)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\udcff"])
+def test_a_broken_run_directory_is_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(InputError) as error:
+        read(tmp_path)
+    assert "\n" not in str(error.value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -294,23 +295,50 @@ def _merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 
 def _show_settings(config: Any, as_json: bool) -> None:
-    fields = {
-        name: {"default": field.default, "type": str(field.annotation), "description": field.description or ""}
+    """What --set may change, read off the recipe's pydantic model."""
+    rows = [
+        {"setting": name, "type": _type(field.annotation), "allowed": _limits(field.metadata),
+         "default": field.get_default(call_default_factory=True), "description": field.description or ""}
         for name, field in config.model_fields.items()
-    }
+    ]  # fmt: skip
     if as_json:
-        echo_json({k: {**v, "default": v["default"] if not callable(v["default"]) else None} for k, v in fields.items()})
+        plain = (str, int, float, bool, list, dict, type(None))
+        echo_json([{**row, "default": d if isinstance(d := row["default"], plain) else str(d)} for row in rows])
     else:
-        print_table(["setting", "default", "what it is"], [[k, str(v["default"]), v["description"]] for k, v in fields.items()])
+        print_table(
+            ["setting", "type", "allowed", "default", "what it is"],
+            [[str(row[k]) for k in ("setting", "type", "allowed", "default", "description")] for row in rows],
+        )
+
+
+def _type(annotation: Any) -> str:
+    if isinstance(annotation, type) and not hasattr(annotation, "__args__"):
+        return annotation.__name__
+    return re.sub(r"\b(typing|fairlead[\w.]*)\.", "", str(annotation)).replace("NoneType", "None")
+
+
+def _limits(metadata: list[Any]) -> str:
+    """The bounds of a field, "≥ 1, < 2"."""
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "length ≥", "max_length": "length ≤"}
+    found = [(signs[n], getattr(m, n)) for m in metadata for n in signs if getattr(m, n, None) is not None]
+    return ", ".join(f"{sign} {bound}" for sign, bound in found)
 
 
 @cli.command()
 @click.argument("directory", type=click.Path(path_type=Path))
-def report(directory: Path) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def report(directory: Path, as_json: bool) -> None:
     """Render the report of a run DIRECTORY again."""
     from . import report as rendering
+    from . import runs
 
-    click.echo(f"report: {rendering.write(directory)}")
+    path = rendering.write(directory)
+    record = runs.read(directory)
+    if as_json:
+        passed = all(check["passed"] for check in record["checks"])
+        echo_json({"report": str(path), "status": record["status"], "passed": passed, "checks": record["checks"]})
+    else:
+        click.echo(f"report: {path}")
 
 
 if __name__ == "__main__":

@@ -23,11 +23,12 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from . import plugins
 from .errors import InputError, RunExistsError
 from .files import atomic_write
+from .stats import Interval
 
 FORMAT = 1
 _PACKAGES = ("torch", "transformers", "triton", "numpy", "scipy")
@@ -140,7 +141,7 @@ class Run:
     def samples(self, rows: Sequence[Mapping[str, Any]], title: str = "Samples", show: int = 12) -> None:
         """Keep rows in samples.parquet and show the first `show` of them in the report."""
         self._samples.extend(dict(row) for row in rows)
-        if show:
+        if show and rows:
             self.table(title, [dict(row) for row in rows[:show]])
 
     def table(self, title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None, note: str = "") -> None:
@@ -155,14 +156,21 @@ class Run:
         """A section in the report: `text` is plain paragraphs (escaped), `html` is markup of our own making."""
         self._record["blocks"].append({"kind": "section", "title": title, "text": text, "html": html})
 
-    def figure(self, name: str, figure: Any, caption: str = "") -> None:
-        """Keep a matplotlib figure as SVG and show it in the report."""
-        path = self.dir / "figures" / f"{_file_name(name)}.svg"
+    def figure(self, name: str, figure: Any, caption: str = "", *, format: Literal["svg", "png"] = "svg") -> None:
+        """Keep a matplotlib figure and show it in the report; "png" for one of very many marks."""
+        if format not in ("svg", "png"):
+            raise InputError(f"figure {name!r}: format must be 'svg' or 'png', got {format!r}")
+        path = self.dir / "figures" / f"{_file_name(name)}.{format}"
+        if any(block.get("file") == path.name for block in self._record["blocks"]):
+            raise InputError(f"figure {name!r}: this run has a figure of that name already")
         with atomic_write(path, "wb") as stream:
             import matplotlib
 
             with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-                figure.savefig(stream, format="svg", metadata={"Date": None}, transparent=False, facecolor="white")
+                figure.savefig(
+                    stream, format=format, dpi=180, transparent=False, facecolor="white",
+                    metadata={"Date": None} if format == "svg" else None,
+                )  # fmt: skip
         self._record["blocks"].append({"kind": "figure", "title": name, "file": path.name, "caption": caption})
 
     def check(self, name: str, passed: bool, detail: str = "") -> bool:
@@ -172,7 +180,10 @@ class Run:
         return bool(passed)
 
     def headline(self, label: str, value: Any, detail: str = "") -> None:
-        """One of the few numbers at the top of the report; `value` may be a stats.Interval."""
+        """One of the few numbers at the top of the report; a stats.Interval is shown with its bounds."""
+        if isinstance(value, Interval):
+            bounds = f"{value.level:.0%} interval {value.low:.3g} to {value.high:.3g} (n = {value.n}, {value.method})"
+            value, detail = f"{value.estimate:.3g}", f"{bounds}; {detail}" if detail else bounds
         self._record["headline"].append({"label": label, "value": _cell(value), "detail": detail})
 
     def finish(self) -> None:

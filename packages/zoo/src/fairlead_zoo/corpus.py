@@ -12,11 +12,13 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from . import lexicon as lx
 from .world import Turn, World
+
+if TYPE_CHECKING:
+    import torch
 
 IGNORE = -100
 """Label of tokens without loss, as in transformers."""
@@ -81,6 +83,8 @@ class Encoder:
 
     def padded(self, documents: Sequence[tuple[list[int], list[int]]]) -> Batch:
         """Documents side by side, padded on the right (a causal model never looks there)."""
+        import torch
+
         width = max(len(ids) for ids, _ in documents)
         ids_BT = torch.full((len(documents), width), self.pad)
         labels_BT = torch.full((len(documents), width), IGNORE)
@@ -93,6 +97,8 @@ class Encoder:
 
     def packed(self, documents: Sequence[tuple[list[int], list[int]]], rows: int, width: int) -> Batch:
         """Documents end to end, cut into rows; attention leaks across documents, <bos> tells them apart."""
+        import torch
+
         ids = [i for document, _ in documents for i in document][: rows * width]
         labels = [i for _, document in documents for i in document][: rows * width]
         return Batch(torch.tensor(ids).view(rows, width), torch.tensor(labels).view(rows, width))

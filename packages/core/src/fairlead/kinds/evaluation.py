@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..config import Configurable
 from ..errors import InputError, UnknownNameError
-from ..stats import Interval
 
 if TYPE_CHECKING:
     from ..runs import Run
+    from ..stats import Interval
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ class Scorecard:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Scorecard:
         """Read what `as_dict` gave; InputError for anything else."""
+        from ..stats import Interval
+
         try:
             metrics = tuple(Metric(**{**m, "interval": Interval(**m["interval"])}) for m in value["metrics"])
             return cls(**{**value, "metrics": metrics})

@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from ..config import Configurable
 from ..errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Selection:
 
     def check(self, examples: int, budget: int) -> None:
         """InputError unless this is a selection of at most `budget` of `examples` examples."""
-        if len(self.indices) > budget or len(np.unique(self.indices)) != len(self.indices):
+        if len(self.indices) > budget or len(set(self.indices.tolist())) != len(self.indices):
             raise InputError(f"a selection holds distinct indices, at most {budget}, got {len(self.indices)}")
         if len(self.indices) and not 0 <= int(self.indices.min()) <= int(self.indices.max()) < examples:
             raise InputError(f"a selection's indices must lie in [0, {examples})")
