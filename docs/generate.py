@@ -20,7 +20,7 @@ from fairlead import registry
 from fairlead.cli import cli
 
 HERE = Path(__file__).resolve().parent
-OURS = ("fairlead", "fairlead-watermark", "fairlead-zoo")
+OURS = ("fairlead", "fairlead-watermark", "fairlead-decoding", "fairlead-zoo")
 NOTE = "<!-- made by docs/generate.py; do not edit -->\n\n"
 PAGES = {
     "watermark-alignment-resampling": "alignment-resampling",
