@@ -1,16 +1,13 @@
-"""Text generation with any Hugging Face causal LM: the data that flows and the one engine that makes it.
+"""Text generation with any Hugging Face causal LM: the data that flows, and plain sampling of n answers per prompt.
 
-The engine owns the key-value cache: every prompt goes through the model once, its cache is expanded to n candidates,
-rows that have ended are dropped. Sampling noise is counter-based, so what a candidate says depends on (seed, prompt
-index, candidate index) alone and not on its batch. Which token is chosen is a `TokenSampler`'s business.
+The rows and their cache are the engine's (`engine.py`). Sampling noise is counter-based, so what a candidate says depends
+on (seed, prompt index, candidate index) alone and not on its batch.
 
 Shape suffixes: B rows, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-import inspect
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,15 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .engine import PADDING, RolloutEngine, Rules, roll
 from .errors import InputError
 
 if TYPE_CHECKING:
     from .kinds.watermark import TokenSampler, Watermark
 
-log = logging.getLogger("fairlead")
-PADDING = -1
 DEFAULT_ROWS = 64
-_without_cache: set[type] = set()
+__all__ = ["DEFAULT_ROWS", "PADDING", "Cost", "DecodeResult", "Generation", "PlainSampler", "RolloutEngine", "generate"]
 
 
 @dataclass(frozen=True)
@@ -66,110 +62,6 @@ class DecodeResult:
     kl: float | None = None
     kl_kind: str = ""
     cost: Cost = field(default_factory=Cost)
-
-
-class RolloutEngine:
-    """Rows of text that grow one token a step, with their cache.
-
-    `prefill` sets the rows; `expand`, `select` change which rows there are; `advance` appends a token to each and
-    runs the model. After each of these `logits_BV` holds the next-token logits; `crop` takes tokens back. Counts
-    `model_tokens`. A model without a cache that can be expanded runs its whole text at every step, and a log line says so.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.model_tokens = 0
-        # transformers 5.24 calls the argument `cache`, earlier versions `past_key_values`.
-        parameters = inspect.signature(model.forward).parameters
-        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
-        self._takes_cache = self._cache_name in parameters
-        self._takes_positions = "position_ids" in parameters
-        self._options: dict[str, Any] = {"use_cache": True} if "use_cache" in parameters else {}
-        if "logits_to_keep" in parameters:
-            self._options["logits_to_keep"] = 1
-        self.logits_BV: torch.Tensor
-        self._cache: Any = None
-        self._mask: torch.Tensor
-        self._ids: torch.Tensor
-        self._columns = 0
-
-    @property
-    def ids_BT(self) -> torch.Tensor:
-        """All ids so far, prompt included, -1 for left padding: int64 [B, T]."""
-        return self._ids[:, : self._columns]
-
-    def prefill(self, prompts: Sequence[torch.Tensor], room: int) -> None:
-        """Run the prompts (1-D id tensors) through the model once; `room` tokens may follow."""
-        width = max(len(p) for p in prompts)
-        device = self.model.device
-        ids = torch.full((len(prompts), width + room), PADDING, dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) : width] = prompt
-        self._ids, self._columns = ids.to(device), width
-        self._mask = torch.ones_like(self._ids)
-        self._mask[:, :width] = self._ids[:, :width] != PADDING
-        self._cache = None
-        self._run(self._ids[:, :width].clamp(min=0))
-
-    def expand(self, n: int) -> None:
-        """Turn every row into n equal rows, side by side."""
-        if n == 1:
-            return
-        self._rows(torch.arange(len(self._ids), device=self._ids.device).repeat_interleave(n))
-        if self._cache is not None:
-            self._cache.batch_repeat_interleave(n)
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Keep these rows, in this order."""
-        self._rows(rows)
-        if self._cache is not None:
-            self._cache.batch_select_indices(rows)
-
-    def crop(self, columns: int) -> None:
-        """Forget all but the first `columns` columns; `logits_BV` is good again after the next `advance`."""
-        if not 0 < columns <= self._columns:
-            raise InputError(f"crop: must keep 1 to {self._columns} columns, got {columns}")
-        removed, self._columns = self._columns - columns, columns
-        self._ids[:, columns:] = PADDING
-        if self._cache is not None and removed:
-            self._cache.crop(-removed)
-
-    def advance(self, tokens_B: torch.Tensor, keep: torch.Tensor | None = None) -> None:
-        """Append one token to every row, drop the rows that are not in `keep` (indices), run the model on the rest."""
-        self._ids[:, self._columns] = tokens_B
-        if keep is not None:
-            self.select(keep)
-            tokens_B = tokens_B[keep]
-        self._columns += 1
-        self._run(tokens_B[:, None] if self._cache is not None else self.ids_BT.clamp(min=0))
-
-    def _rows(self, rows: torch.Tensor) -> None:
-        self._ids, self._mask, self.logits_BV = self._ids[rows], self._mask[rows], self.logits_BV[rows]
-
-    @torch.inference_mode()
-    def _run(self, fed_BT: torch.Tensor) -> None:
-        mask = self._mask[:, : self._columns]
-        inputs: dict[str, Any] = {"input_ids": fed_BT, "attention_mask": mask}
-        if self._takes_positions:
-            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -fed_BT.shape[1] :]
-        if self._takes_cache:
-            inputs[self._cache_name] = self._cache
-        out = self.model(**inputs, **self._options)
-        self._cache = self._usable(getattr(out, self._cache_name, None))
-        self.logits_BV = out.logits[:, -1]
-        self.model_tokens += fed_BT.numel()
-
-    def _usable(self, cache: Any) -> Any:
-        layers = getattr(cache, "layers", None) or [cache]
-        if all(hasattr(layer, "batch_repeat_interleave") for layer in layers):
-            return cache
-        if type(self.model) not in _without_cache:
-            _without_cache.add(type(self.model))
-            log.warning("%s: has no cache that can be expanded; every step runs the whole text", type(self.model).__name__)
-        if "use_cache" in self._options:
-            self._options["use_cache"] = False
-        self._takes_cache = False
-        return None
 
 
 class PlainSampler:
@@ -238,29 +130,33 @@ def generate(
     if sampler is None:
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         sampler = PlainSampler(**options) if watermark is None else watermark.sampler(**options)  # type: ignore[arg-type]
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
+    rules = Rules(logits_processor, ends, pad_token(model, tokenizer), min_new_tokens)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # equal lengths together: little padding
     per_batch = max(1, (batch_size or DEFAULT_ROWS) // n)
     results: list[list[Generation]] = [[] for _ in encoded]
     for start in range(0, len(order), per_batch):
         members = order[start : start + per_batch]
         began = time.monotonic()
-        rows, logprobs, tokens = _roll(
-            model, [encoded[i] for i in members], n, max_new_tokens, sampler, logits_processor, ends,
-            _seeds(seed, [first_index + i for i in members], n).to(model.device),
-            (temperature or 1.0) if return_logprobs else None, _pad_token(model, tokenizer), min_new_tokens,
+        engine = RolloutEngine(model)
+        engine.prefill([encoded[i] for i in members], max_new_tokens)
+        engine.expand(n)
+        made = roll(
+            engine, max_new_tokens, sampler, rules, seeds_B=seeds(seed, [first_index + i for i in members], n).to(model.device),
+            temperature=(temperature or 1.0) if return_logprobs else None,
         )  # fmt: skip
-        cost = {"model_tokens": tokens // (n * len(members)), "seconds": round((time.monotonic() - began) / (n * len(members)), 6)}
+        seconds = round((time.monotonic() - began) / (n * len(members)), 6)
         for place, i in enumerate(members):
+            cost = {"model_tokens": int(engine.tokens_P[place]) // n, "seconds": seconds}
             for j in range(n):
-                ids = rows[place * n + j]
+                ids = made.ids[place * n + j]
                 results[i].append(
                     Generation(
                         prompt=None if isinstance(prompts[i], torch.Tensor) else prompts[i],
                         text="" if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=True),
                         ids=ids,
-                        logprobs=logprobs[place * n + j] if return_logprobs else None,
-                        finished=int(ids[-1]) in ends,
+                        logprobs=made.logprobs[place * n + j] if return_logprobs else None,
+                        finished=made.ended[place * n + j],
                         provenance={"seed": seed, "index": first_index + i, "candidate": j, **cost}
                         | ({"watermark": watermark.name} if watermark is not None else {}),
                     )
@@ -268,62 +164,6 @@ def generate(
         if progress is not None:
             progress(min(start + per_batch, len(order)), len(order))
     return results
-
-
-def _roll(
-    model: Any, prompts: list[torch.Tensor], n: int, room: int, sampler: TokenSampler, processor: Any, ends: set[int],
-    seeds_B: torch.Tensor, temperature: float | None, pad_token: int, least: int,
-) -> tuple[list[torch.Tensor], list[torch.Tensor], int]:  # fmt: skip
-    """Answers of one batch: ids and (with a temperature) log-probs per row, and the tokens run through the model."""
-    engine = RolloutEngine(model)
-    engine.prefill(prompts, room)
-    engine.expand(n)
-    total = len(prompts) * n
-    device = seeds_B.device
-    answers = torch.full((total, room), PADDING, dtype=torch.int64, device=device)
-    logprobs = torch.zeros(total, room, device=device)
-    lengths = torch.full((total,), room, dtype=torch.int64)
-    here = torch.arange(total, device=device)  # which answer each row of the engine writes
-    alive = torch.ones(total, dtype=torch.bool, device=device)
-    stop = torch.tensor(sorted(ends), dtype=torch.int64, device=device)
-    for step in range(room):
-        logits, positions = engine.logits_BV, torch.full_like(here, step)
-        if step < least and len(stop):
-            logits = logits.index_fill(1, stop, -torch.inf)
-        if processor is not None:
-            seen = engine.ids_BT.masked_fill(engine.ids_BT == PADDING, pad_token)
-            logits = processor(seen, logits.float().clone())
-        try:
-            tokens = sampler(logits, engine.ids_BT, seeds_B=seeds_B[here], positions_B=positions)
-        except InputError:
-            raise
-        except ValueError as error:  # a kernel's word about the model's logits: NaN, say
-            raise InputError(f"token {step}: {error}") from error
-        answers[here, step] = torch.where(alive, tokens, PADDING)
-        if temperature is not None:
-            logprobs[here, step] = _chosen_logprob(engine.logits_BV, tokens, temperature)
-        ended = alive & torch.isin(tokens, stop)
-        if bool(ended.any()):
-            lengths[here[ended].cpu()] = step + 1
-            alive = alive & ~ended
-        count = int(alive.sum())
-        if count == 0 or step == room - 1:
-            break
-        # Dropping ended rows copies the cache, so it is done when at least a quarter of the rows is idle.
-        if count <= 0.75 * len(here):
-            kept = alive.nonzero()[:, 0]
-            engine.advance(tokens, keep=kept)
-            here, alive = here[kept], alive[kept]
-        else:
-            engine.advance(tokens)
-    rows = [answers[i, : int(lengths[i])].cpu() for i in range(total)]
-    return rows, [logprobs[i, : int(lengths[i])].cpu() for i in range(total)], engine.model_tokens
-
-
-def _chosen_logprob(logits_BV: torch.Tensor, tokens_B: torch.Tensor, temperature: float) -> torch.Tensor:
-    from fairlead_kernels import selective_logprob
-
-    return selective_logprob(logits_BV, tokens_B, temperature=temperature)
 
 
 def encode(tokenizer: Any, prompt: Any, index: int = 0) -> torch.Tensor:
@@ -348,7 +188,7 @@ def encode(tokenizer: Any, prompt: Any, index: int = 0) -> torch.Tensor:
     return ids
 
 
-def _seeds(seed: int, prompts: Sequence[int], n: int) -> torch.Tensor:
+def seeds(seed: int, prompts: Sequence[int], n: int) -> torch.Tensor:
     """One 63-bit seed per (seed, prompt index, candidate index): splitmix64, so that neighbours share nothing."""
     mask = (1 << 64) - 1
 
@@ -373,17 +213,18 @@ def check_lengths(model: Any, encoded: Sequence[torch.Tensor], room: int, first_
             )
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     """End-of-text ids of the generation config, and the tokenizer's."""
     found: set[int] = set()
     for source in (getattr(model, "generation_config", None), tokenizer):
         value = getattr(source, "eos_token_id", None)
         if value is not None:
             found.update(value if isinstance(value, (list, tuple)) else [value])
-    return {int(v) for v in found}
+    return frozenset(int(v) for v in found)
 
 
-def _pad_token(model: Any, tokenizer: Any) -> int:
+def pad_token(model: Any, tokenizer: Any) -> int:
+    """The id that stands for padding where a processor sees the ids."""
     for source in (tokenizer, getattr(model, "generation_config", None), model.config):
         value = getattr(source, "pad_token_id", None)
         if value is not None:
