@@ -14,8 +14,8 @@ import torch
 from pydantic import Field
 
 from fairlead.config import MethodConfig
+from fairlead.decoding import Answer, Budget, Request, draw
 from fairlead.errors import InputError
-from fairlead.generation import Cost, DecodeResult, generate
 from fairlead.keys import SecretKey
 from fairlead.kinds import Decoder, Detection, Guard, Reward, TokenSampler, Verdict, Watermark, WatermarkProfile
 from fairlead.testing import decoder_contract, guard_contract, reward_contract, watermark_contract
@@ -288,26 +288,44 @@ def test_a_method_that_needs_settings_is_skipped_with_the_reason_or_given_them(t
 class Plain(Decoder):
     """The engine, as a decoder."""
 
-    def generate(self, model: Any, tokenizer: Any, prompts: Any, **options: Any) -> DecodeResult:
-        groups = generate(model, tokenizer, prompts, **self.changed(dict(options)))
-        tokens = sum(len(g[0].ids) for g in groups)
-        return DecodeResult([group[0] for group in groups], groups, cost=Cost(tokens))
+    def decode(self, request: Request) -> list[Answer]:
+        return [Answer(group) for group in draw(self.changed(request), 1)]
 
-    def changed(self, options: dict[str, Any]) -> dict[str, Any]:
-        return options
+    def changed(self, request: Request) -> Request:
+        return request
 
 
 TestPlain = decoder_contract(Plain)
 
 
 class Deaf(Plain):
-    def changed(self, options: dict[str, Any]) -> dict[str, Any]:
-        return {**options, "seed": 0}
+    def changed(self, request: Request) -> Request:
+        request.seed = 0
+        return request
 
 
 class Indexless(Plain):
-    def changed(self, options: dict[str, Any]) -> dict[str, Any]:
-        return {**options, "first_index": 0}
+    def changed(self, request: Request) -> Request:
+        request.indices = list(range(len(request.prompts)))
+        return request
+
+
+class Spendthrift(Plain):
+    def changed(self, request: Request) -> Request:
+        request.meter.budget = Budget()
+        return request
+
+
+class Unmarked(Plain):
+    def changed(self, request: Request) -> Request:
+        request.watermark = None
+        return request
+
+
+class Biased(Plain):
+    def changed(self, request: Request) -> Request:
+        request.temperature = 0.5
+        return request
 
 
 @pytest.mark.parametrize(
@@ -315,6 +333,9 @@ class Indexless(Plain):
     [
         (Deaf, "test_the_same_seed_gives_the_same_answers_and_another_seed_others"),
         (Indexless, "test_an_answer_does_not_depend_on_the_prompts_beside_it"),
+        (Spendthrift, "test_the_budget_is_kept"),
+        (Unmarked, "test_a_watermark_composes_and_is_found"),
+        (Biased, "test_under_a_constant_reward_it_is_plain_generation"),
     ],
 )
 def test_a_decoder_with_a_fault_fails_the_check_of_that_name(decoder: type[Decoder], check: str) -> None:

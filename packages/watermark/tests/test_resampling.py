@@ -109,7 +109,7 @@ def test_categorical_selection_needs_a_guard_and_labels(settings: dict[str, Any]
         pick(**settings)
 
 
-def test_a_second_reward_call_never_happens_and_candidates_do_not_depend_on_batching() -> None:
+def test_every_text_is_scored_once_and_candidates_do_not_depend_on_batching() -> None:
     calls = []
 
     def reward(prompts: list[Any], responses: list[Any]) -> list[float]:
@@ -119,7 +119,7 @@ def test_a_second_reward_call_never_happens_and_candidates_do_not_depend_on_batc
     decoder = AlignmentResampling(watermark=KGW(vocab_size=64, key=1), reward=reward, n=4)
     whole = decoder.generate(tiny_model(), None, PROMPTS, seed=3, max_new_tokens=20)
     small = decoder.generate(tiny_model(), None, PROMPTS, seed=3, max_new_tokens=20, batch_size=4)
-    assert calls == [12, 12]
+    assert calls == [12, 4, 4, 4]  # one batch, then one prompt at a time: every text once
     for a, b in zip(whole.candidates, small.candidates, strict=True):
         assert all(torch.equal(x.ids, y.ids) for x, y in zip(a, b, strict=True))
 

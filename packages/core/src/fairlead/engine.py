@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -300,13 +300,13 @@ class Rules:
 
 def roll(
     engine: RolloutEngine, room: int, sampler: TokenSampler, rules: Rules, *, seeds_B: torch.Tensor, first: int = 0,
-    temperature: float | None = None, noise_from: int | None = None,
+    temperature: float | None = None, noise_from: int | None = None, stop: Callable[[], bool] | None = None,
 ) -> Rolled:  # fmt: skip
     """Let every row of the engine grow until it ends or has `room` more tokens.
 
     seeds_B: int64 [B], sampling noise of the rows. first: tokens that the answers already have. temperature: also give
     the log-probs of the chosen tokens under the model at this temperature. noise_from: where the noise's positions start;
-    default `first`. Rows that end are dropped from the engine, and the last token is not run: a caller that goes on forks.
+    default `first`. stop: asked before each token but the first; True cuts all answers there. Rows that end are dropped from the engine, and the last token is not run: a caller that goes on forks.
     InputError where the model's logits cannot be sampled.
     """
     total = engine.rows
@@ -319,6 +319,9 @@ def roll(
     finished = torch.zeros(total, dtype=torch.bool)
     noise = first if noise_from is None else noise_from
     for step in range(room):
+        if step and stop is not None and stop():
+            lengths[here[alive].cpu()] = step
+            break
         logits = rules.logits(engine, torch.full_like(here, first + step))
         tokens = choose(sampler, logits, engine.ids_BT, seeds_B[here], torch.full_like(here, noise + step))
         answers[here, step] = torch.where(alive, tokens, PADDING)

@@ -213,6 +213,18 @@ def check_lengths(model: Any, encoded: Sequence[torch.Tensor], room: int, first_
             )
 
 
+def check_vocabulary(model: Any, tokenizer: Any, encoded: Sequence[torch.Tensor], first_index: int) -> None:
+    """InputError for a tokenizer with more tokens than the model has logits, or a prompt with an id beyond them."""
+    from .models import logits_width
+
+    width = logits_width(model)
+    if hasattr(tokenizer, "__len__") and len(tokenizer) > width:
+        raise InputError(f"the tokenizer has {len(tokenizer)} tokens, the model's logits have {width}; use the model's own tokenizer")
+    for i, ids in enumerate(encoded):
+        if int(ids.max()) >= width or int(ids.min()) < 0:
+            raise InputError(f"prompt {first_index + i}: has the id {int(ids.max())}, the model knows ids below {width}")
+
+
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     """End-of-text ids of the generation config, and the tokenizer's."""
     found: set[int] = set()

@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import math
 import random
-import time
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from pydantic import Field, field_validator
 
 from fairlead import registry
 from fairlead.config import MethodConfig
+from fairlead.decoding import Answer, Request, best, draw
 from fairlead.errors import InputError
-from fairlead.generation import Cost, DecodeResult, Generation, generate
+from fairlead.generation import Generation
 from fairlead.kinds import Decoder, Guard, Reward, Watermark
+from fairlead.kinds.reward import as_reward, question
 
 from .bounds import kl_price
 
@@ -83,6 +82,7 @@ class AlignmentResampling(Decoder):
     Config = AlignmentResamplingConfig
     config: AlignmentResamplingConfig
     name = "alignment-resampling"
+    kl_kind = "bound"
 
     def setup(self) -> None:
         if self.config.selection == "reward" and self.config.reward is None:
@@ -90,78 +90,41 @@ class AlignmentResampling(Decoder):
         if self.config.selection == "categorical" and (self.config.guard is None or not self.config.preferred):
             raise InputError("AlignmentResampling: categorical selection needs a guard and the preferred labels")
 
-    def generate(
-        self, model: Any, tokenizer: Any, prompts: Sequence[Any], *, seed: int = 0, max_new_tokens: int = 64,
-        temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
-        batch_size: int | None = None, first_index: int = 0,
-    ) -> DecodeResult:  # fmt: skip
-        """The best candidate per prompt, all candidates with their rewards, and the cost.
+    @property
+    def rows_per_prompt(self) -> int:
+        return self.config.n
 
-        Arguments as `fairlead.generation.generate`. With n = 1 the result is plain marked generation, id for id.
-        Raises InputError when the reward gives another number of values than candidates, or NaN.
-        """
-        began = time.monotonic()
-        n = self.config.n
-        candidates = generate(
-            model, tokenizer, prompts, watermark=self.config.watermark, n=n, max_new_tokens=max_new_tokens, seed=seed,
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, batch_size=batch_size,
-            first_index=first_index, return_logprobs=self.config.selection == "perplexity",
-        )  # fmt: skip
-        flat = [g for group in candidates for g in group]
-        calls = len(flat) * ((self.config.selection == "categorical") + (self.config.reward is not None))
-        if self.config.selection == "perplexity":
-            scores, calls = [_mean_logprob(g) for g in flat], 0
-        elif self.config.reward is None:
-            scores = [0.0] * len(flat)
-        else:
-            scores = self._rewards(flat, tokenizer is None).tolist()
-        winners = [_first_best(scores[i : i + n]) for i in range(0, len(flat), n)]
+    def prepare(self, model: Any, tokenizer: Any, reward: Any) -> Any:
+        return as_reward(self.config.reward) if reward is None and self.config.reward is not None else reward
+
+    def decode(self, request: Request) -> list[Answer]:
+        """The best candidate per prompt, all candidates with their rewards. With n = 1 it is plain marked generation, id
+        for id. A watermark given to `generate` takes the place of the configured one."""
+        if request.watermark is None:
+            request.watermark = self.config.watermark
+        by_likelihood = self.config.selection == "perplexity"
+        groups = draw(request, self.config.n, logprobs=by_likelihood)
+        if by_likelihood:
+            groups = [[replace(g, reward=_mean_logprob(g)) for g in group] for group in groups]
+        chosen = [best(group) for group in groups]
         if self.config.selection == "categorical":
-            winners = self._categorical(flat, winners, seed, first_index)
-        if self.config.reward is not None or self.config.selection == "perplexity":
-            flat = [replace(g, reward=s) for g, s in zip(flat, scores, strict=True)]
-        groups = [flat[i : i + n] for i in range(0, len(flat), n)]
-        return DecodeResult(
-            generations=[group[winner] for group, winner in zip(groups, winners, strict=True)], candidates=groups,
-            kl=kl_price(n), kl_kind="bound",
-            cost=Cost(sum(len(g.ids) for g in flat), calls, time.monotonic() - began),
-        )  # fmt: skip
+            chosen = self._categorical(request, groups, chosen)
+        return [Answer(group, choice, kl_price(len(group))) for group, choice in zip(groups, chosen, strict=True)]
 
-    def _categorical(self, flat: list[Generation], winners: list[int], seed: int, first_index: int) -> list[int]:
+    def _categorical(self, request: Request, groups: list[list[Generation]], winners: list[int]) -> list[int]:
         """Per prompt a uniform choice among candidates with a preferred label; the winner by reward where there is none.
         The draw depends on the seed and the prompt's index alone."""
-        verdicts = self.config.guard([question(g.prompt) for g in flat], [g.text for g in flat])
-        fits = [verdict.label in self.config.preferred for verdict in verdicts]
-        n = self.config.n
         chosen = []
-        for place, winner in enumerate(winners):
-            good = [j for j in range(n) if fits[place * n + j]]
-            chosen.append(random.Random(f"{seed} {first_index + place}").choice(good) if good else winner)
+        for place, (group, winner) in enumerate(zip(groups, winners, strict=True)):
+            verdicts = self.config.guard([question(g.prompt) for g in group], [g.text for g in group])
+            request.meter.calls_P[place] += len(group)
+            good = [j for j, verdict in enumerate(verdicts) if verdict.label in self.config.preferred]
+            draw_of = random.Random(f"{request.seed} {request.indices[place]}")
+            chosen.append(draw_of.choice(good) if good else winner)
         return chosen
-
-    def _rewards(self, flat: list[Generation], as_ids: bool) -> torch.Tensor:
-        prompts = [question(g.prompt) for g in flat]
-        responses: list[Any] = [g.ids if as_ids else g.text for g in flat]
-        scores = torch.as_tensor(self.config.reward(prompts, responses), dtype=torch.float64).reshape(-1)
-        if len(scores) != len(flat):
-            raise InputError(f"reward: gave {len(scores)} values for {len(flat)} candidates; one per candidate is needed")
-        if bool(scores.isnan().any()):
-            raise InputError(f"reward: gave NaN for candidate {int(scores.isnan().nonzero()[0])}; a number is needed")
-        return scores
-
-
-def _first_best(scores: list[float]) -> int:
-    return max(range(len(scores)), key=lambda i: (scores[i], -i))
 
 
 def _mean_logprob(generation: Generation) -> float:
     if generation.logprobs is None or not len(generation.logprobs):
         return -math.inf
     return float(generation.logprobs.double().mean())
-
-
-def question(prompt: Any) -> Any:
-    """The last user message of a chat; rewards judge the question, not the template."""
-    if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], dict):
-        return prompt[-1]["content"]
-    return prompt

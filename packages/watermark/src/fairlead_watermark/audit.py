@@ -145,8 +145,8 @@ def measure(
     negative log-probability of the answer under the unmarked model) over both.
     """
     from fairlead.generation import generate
+    from fairlead.kinds.reward import question
 
-    from .alignment_resampling import question
 
     prompts = [*harmful, *benign]
     if not len(harmful) or not len(benign) or not len(keys):

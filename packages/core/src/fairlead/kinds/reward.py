@@ -56,6 +56,12 @@ def _text(value: Any) -> Any:
     return value
 
 
+def question(prompt: Any) -> Any:
+    """What a reward sees of a prompt: the last message of a chat, anything else as it is. Rewards judge the question, not
+    the template."""
+    return _text(prompt)
+
+
 def check_pairs(prompts: Sequence[Any], responses: Sequence[Any]) -> None:
     """InputError unless there are as many responses as prompts."""
     if len(prompts) != len(responses):

@@ -17,6 +17,7 @@ from .. import registry, taxonomy
 from ..errors import FairleadError
 from ..keys import new_key_file
 from ..kinds import Detection, WatermarkProfile, abstract_class
+from ..kinds.decoder import DecodingError
 from .tiny import VOCABULARY, tiny_model
 
 SECRET = 0x5EC2E7C0FFEE1234
@@ -31,6 +32,15 @@ def _together(found: Detection) -> float:
     from scipy.stats import chi2
 
     return float(chi2.sf(-2 * found.p_value.clamp(min=1e-300).log().sum(), 2 * len(found.p_value)))
+
+
+def _detected(mark: Any, made: Any) -> Detection:
+    """What a mark finds in the answers of a result, of whatever lengths."""
+    answers = [g.ids for g in made.generations]
+    ids = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(a) for a in answers], batch_first=True)
+    found: Detection = mark.detect(ids, mask)
+    return found
 
 
 def watermark_contract(make: Callable[..., Any]) -> type:
@@ -243,20 +253,31 @@ def guard_contract(
     return GuardContract
 
 
-def decoder_contract(make: Callable[[], Any]) -> type:
-    """Tests of kind Decoder around `make()`, on a tiny random model and prompts of ids."""
+def small_ids(prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
+    """A reward of ids for contract tests: the share of tokens below 16."""
+    return [float((torch.as_tensor(r) < 16).float().mean()) for r in responses]
+
+
+def decoder_contract(make: Callable[[], Any], *, room: int = 12) -> type:
+    """Tests of kind Decoder around `make()`, on a tiny random model and prompts of ids; `room` tokens an answer."""
 
     @pytest.mark.fairlead_contract
     class DecoderContract:
-        def decode(self, prompts: Sequence[Any], **options: Any) -> list[list[int]]:
-            made = make().generate(tiny_model(), None, prompts, max_new_tokens=12, **options)
+        def run(self, prompts: Sequence[Any], **options: Any) -> Any:
+            decoder = make()
+            options = {"max_new_tokens": room, "reward": small_ids, **options}
+            made = decoder.generate(tiny_model(), None, prompts, **options)
             assert len(made.generations) == len(prompts)
-            return [g.ids.tolist() for g in made.generations]
+            return made
+
+        def decode(self, prompts: Sequence[Any], **options: Any) -> list[list[int]]:
+            return [g.ids.tolist() for g in self.run(prompts, **options).generations]
 
         def test_the_same_seed_gives_the_same_answers_and_another_seed_others(self) -> None:
             prompts = list(_random_ids(4, 6))
             assert self.decode(prompts, seed=3) == self.decode(prompts, seed=3)
-            assert self.decode(prompts, seed=3) != self.decode(prompts, seed=4)
+            greedy = make().plain.get("temperature") == 0
+            assert (self.decode(prompts, seed=3) == self.decode(prompts, seed=4)) == greedy
 
         def test_an_answer_does_not_depend_on_the_prompts_beside_it(self) -> None:
             prompts = [_random_ids(1, n, seed=n)[0] for n in (5, 9, 7)]
@@ -267,17 +288,75 @@ def decoder_contract(make: Callable[[], Any]) -> type:
         def test_the_model_is_left_as_it_was(self) -> None:
             model = tiny_model()
             before = {name: value.clone() for name, value in model.state_dict().items()}
-            self.decode(list(_random_ids(2, 6)))
+            make().generate(model, None, list(_random_ids(2, 6)), max_new_tokens=room, reward=small_ids)
             assert not model.training
             assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
             assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
         def test_what_it_cost_and_how_far_it_went_are_told(self) -> None:
-            made = make().generate(tiny_model(), None, list(_random_ids(2, 6)), max_new_tokens=12)
-            assert made.cost.model_tokens >= sum(len(g.ids) for g in made.generations)
+            made = self.run(list(_random_ids(2, 6)))
+            assert made.cost.model_tokens >= sum(len(g.ids) - 1 for g in made.generations)
             assert (made.kl is None) == (made.kl_kind == "")
             assert made.kl is None or made.kl >= 0
             assert made.kl_kind in ("", "exact", "estimate", "bound")
+
+        def test_under_a_constant_reward_it_is_plain_generation(self) -> None:
+            from ..generation import generate
+
+            prompts = [_random_ids(1, n, seed=n)[0] for n in (5, 9, 7)]
+            plain = make().plain
+            made = self.decode(prompts, reward=lambda prompts, responses: [0.25] * len(responses), seed=5, **plain)
+            expected = generate(tiny_model(), None, prompts, max_new_tokens=room, seed=5, **plain)
+            assert made == [group[0].ids.tolist() for group in expected]
+
+        def test_the_budget_is_kept(self) -> None:
+            prompts = list(_random_ids(3, 6))
+            for budget in ({"model_tokens": 15}, {"model_tokens": 60}, {"reward_calls": 3}):
+                cost = self.run(prompts, budget=budget).cost
+                assert cost.model_tokens <= budget.get("model_tokens", cost.model_tokens) * 3
+                assert cost.reward_calls <= budget.get("reward_calls", cost.reward_calls) * 3
+
+        def test_a_budget_of_nothing_is_refused(self) -> None:
+            with pytest.raises(FairleadError, match="budget"):
+                self.run(list(_random_ids(1, 6)), budget={"model_tokens": 0})
+
+        def test_a_watermark_composes_and_is_found(self) -> None:
+            names = {m.name for m in registry.methods(kind="watermark")}
+            if "kgw" not in names:
+                pytest.skip("needs a registered watermark (fairlead-watermark)")
+            mark = registry.create("watermark", "kgw", vocab_size=VOCABULARY, key=7, delta=6.0, context_width=1, context_from="answer")
+            made = self.run(list(_random_ids(6, 6)), watermark=mark, max_new_tokens=max(room, 40))
+            unmarked = self.run(list(_random_ids(6, 6)), max_new_tokens=max(room, 40))
+            assert _together(_detected(mark, made)) < 1e-3
+            assert _together(_detected(mark, unmarked)) > 1e-3
+
+        def test_transformers_calls_it_with_the_same_result(self) -> None:
+            model, prompts = tiny_model(), [_random_ids(1, n, seed=n)[0] for n in (5, 9)]
+            width = max(map(len, prompts))
+            ids = torch.stack([torch.cat([p.new_zeros(width - len(p)), p]) for p in prompts])
+            mask = torch.stack([torch.cat([torch.zeros(width - len(p)), torch.ones(len(p))]) for p in prompts]).long()
+            out = model.generate(
+                ids, attention_mask=mask, max_new_tokens=room, do_sample=True, top_k=0,
+                custom_generate=make().custom_generate(reward=small_ids, seed=2),
+            )  # fmt: skip
+            for row, answer in zip(out[:, width:], self.decode(prompts, seed=2), strict=True):
+                assert row[: len(answer)].tolist() == answer
+
+        def test_a_reward_that_fails_is_named_with_its_prompt_and_what_was_done_is_kept(self) -> None:
+            def picky(prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
+                if any(len(p) == 9 for p in prompts):
+                    raise RuntimeError("no words for this")
+                return small_ids(prompts, responses)
+
+            prompts = [_random_ids(1, n, seed=n)[0] for n in (5, 9)]
+            try:
+                made = self.run(prompts, reward=picky, batch_size=1, first_index=10)
+            except DecodingError as error:
+                assert "prompt 11" in str(error)
+                assert "no words for this" in str(error)
+                assert list(error.finished) == [10]
+            else:
+                assert made.cost.reward_calls == 0  # a decoder that asks no reward
 
         def test_no_prompts_give_no_answers(self) -> None:
             assert self.decode([]) == []
