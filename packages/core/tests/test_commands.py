@@ -305,12 +305,17 @@ def test_a_key_file_that_others_can_read_is_warned_of_in_one_line(
     ]
 
 
+def listens() -> None:
+    """Ctrl-C reaches the child even where these tests run in the background of a shell that ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_ctrl_c_leaves_130_and_a_file_that_can_be_resumed(tiny_folder: Path, tmp_path: Path) -> None:
     source, out = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
     source.write_text("w1 w2 w3\n" * 400)
     common = ["generate", str(source), "--model", str(tiny_folder), "--out", str(out), "--max-new-tokens", "40", "--batch-size", "2"]
-    process = subprocess.Popen([sys.executable, "-m", "fairlead", *common], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-m", "fairlead", *common], stderr=subprocess.PIPE, text=True, preexec_fn=listens)
     while process.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") > 2):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)

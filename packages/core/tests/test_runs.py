@@ -119,6 +119,11 @@ def fairlead_recipes(register):
 """
 
 
+def listens() -> None:
+    """Ctrl-C reaches the child even where these tests run in the background of a shell that ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_stopped_run_goes_on(tmp_path: Path, number: int, code: int) -> None:
@@ -129,7 +134,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path, number: int, code: int) -> None:
     (info / "entry_points.txt").write_text("[fairlead]\nslow = slow_plugin\n", encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-m", "fairlead", "run", "slow-one", "--out", str(tmp_path / "r")]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=listens)
     for _ in range(600):
         if (tmp_path / "r" / "started").exists():
             break
