@@ -11,6 +11,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _LAZY: dict[str, str] = {
+    "PAligner": "p_aligner",
+    "PrincipleSearch": "principle_search",
 }
 _MODULES = ("theory", "enumerable")
 __all__ = ["__version__", *_LAZY, *_MODULES]
