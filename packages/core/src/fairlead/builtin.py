@@ -22,6 +22,10 @@ def fairlead_rewards(register: Register) -> None:
     register("regex", "fairlead.rewards.regex:RegexReward", summary="one where a pattern is found in the response, else zero", tags=programmed)
     register("length", "fairlead.rewards.length:LengthReward", summary="closeness of the response's length to a target", tags=programmed)
     register(
+        "readability", "fairlead.rewards.readability:ReadabilityReward",
+        summary="Flesch reading ease or Flesch-Kincaid grade of the response, or its distance to a target", tags=programmed,
+    )  # fmt: skip
+    register(
         "sequence-classifier", "fairlead.rewards.sequence_classifier:SequenceClassifierReward",
         summary="a Hugging Face sequence classifier, scored in packed batches", tags=learned,
     )  # fmt: skip

@@ -18,6 +18,7 @@ _LAZY = {
     "MinReward": "minimum",
     "CachedReward": "cached",
     "CalibratedReward": "calibrated",
+    "ReadabilityReward": "readability",
 }
 __all__ = list(_LAZY)
 
