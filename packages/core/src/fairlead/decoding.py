@@ -195,9 +195,18 @@ class Request:
         return device
 
     def engine(self, model: Any = None, *, prompts: Sequence[torch.Tensor] | None = None, rollback: bool = False) -> RolloutEngine:
-        """The prompts (or these, one for each) run through the model (or another) once, counted."""
+        """The prompts (or these, one for each) run through the model (or another) once, counted. InputError for a prompt
+        that costs more than its budget."""
+        texts = self.encoded if prompts is None else list(prompts)
+        lengths = torch.tensor([len(text) for text in texts])
+        short = (~self.meter.affords(lengths)).nonzero()[:, 0].tolist()
+        if short and not self.meter.late:
+            raise InputError(
+                f"prompt {self.indices[short[0]]}: its {int(lengths[short[0]])} tokens exceed what is left of the budget of "
+                f"{self.meter.budget.model_tokens} model tokens; raise it"
+            )
         engine = RolloutEngine(self.model if model is None else model, rollback=rollback)
-        engine.prefill(self.encoded if prompts is None else prompts, self.max_new_tokens)
+        engine.prefill(texts, self.max_new_tokens)
         self.meter.watch(engine)
         return engine
 
@@ -245,63 +254,69 @@ class Request:
 class Answer:
     """What a decoder found for one prompt.
 
-    candidates: what it looked at, `chosen` one of them by index. kl: divergence in nats of this prompt's answer
+    candidates: what it looked at, `chosen` one of them by index. kl, kl_kind: divergence in nats of this prompt's answer
     from the model's own sampling, or None. extra: figures of the method, merged into the chosen one's provenance.
     """
 
     candidates: list[Generation]
     chosen: int = 0
     kl: float | None = None
+    kl_kind: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def draw(request: Request, n: int, *, logprobs: bool = True) -> list[list[Generation]]:
+def draw(
+    request: Request, n: int, *, logprobs: bool = True, engine: RolloutEngine | None = None, places: Sequence[int] | None = None,
+    first: int = 0,
+) -> list[list[Generation]]:  # fmt: skip
     """n independent answers to each prompt (fewer where the budget does not reach), with their rewards where there is a
     reward; candidate j is `generate`'s candidate j, whatever n is.
 
     logprobs: keep the log-probs of the chosen tokens under the model, at the sampling temperature (1 for greedy).
-    InputError for a prompt whose budget does not pay for one token.
+    engine: the prompts' engine, which is forked and left as it is; default a new one. places: draw for these prompts of
+    the batch alone, one list of answers for each. first: number of the first candidate.
     """
-    counts, room = _affordable(request, n)
-    engine = request.engine()
-    owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    if min(counts) == n:
-        engine.expand(n)
+    wanted = list(range(len(request.encoded))) if places is None else list(places)
+    counts, room = _affordable(request, n, wanted)
+    owner = [place for place, count in zip(wanted, counts, strict=True) for _ in range(count)]
+    number = [j for count in counts for j in range(count)]
+    if engine is not None:
+        engine = engine.fork(1, torch.tensor(owner, device=request.device))
     else:
-        engine.select(owner.to(request.device))
-    kept = [place * n + j for place, count in enumerate(counts) for j in range(count)]
+        engine = request.engine()
+        if min(counts) == n and len(wanted) == len(request.encoded):
+            engine.expand(n)
+        else:
+            engine.select(torch.tensor(owner, device=request.device))
+    seeds_B = request.seeds(first + n)[[place * (first + n) + first + j for place, j in zip(owner, number, strict=True)]]
     made = roll(
-        engine, room, request.sampler(), request.rules, seeds_B=request.seeds(n)[kept],
-        temperature=(request.temperature or 1.0) if logprobs else None, stop=lambda: request.meter.late,
+        engine, room, request.sampler(), request.rules, seeds_B=seeds_B, stop=lambda: request.meter.late,
+        temperature=(request.temperature or 1.0) if logprobs else None,
     )  # fmt: skip
-    places = owner.tolist()
-    scores: list[float] | list[None] = [None] * len(places)
+    scores: list[float] | list[None] = [None] * len(owner)
     if request.reward is not None:
-        scores = request.reward(places, made.ids, made.ended).tolist()
-    groups: list[list[Generation]] = [[] for _ in counts]
-    for row, place in enumerate(places):
+        scores = request.reward(owner, made.ids, made.ended).tolist()
+    groups: dict[int, list[Generation]] = {place: [] for place in wanted}
+    for row, (place, j) in enumerate(zip(owner, number, strict=True)):
         more = {"logprobs": made.logprobs[row]} if logprobs else {}
         answer = request.generation(
-            place, made.ids[row], finished=made.ended[row], reward=scores[row], candidate=len(groups[place]), **more
+            place, made.ids[row], finished=made.ended[row], reward=scores[row], candidate=first + j, **more
         )
         groups[place].append(answer)
-    return groups
+    return list(groups.values())
 
 
-def _affordable(request: Request, n: int) -> tuple[list[int], int]:
-    """Answers that each prompt can pay for (at least one) if all are as long as they may be, and that length."""
-    budget, room = request.meter.budget, request.max_new_tokens
-    counts = [n if budget.reward_calls is None or request.reward is None else min(n, budget.reward_calls)] * len(request.encoded)
+def _affordable(request: Request, n: int, places: Sequence[int]) -> tuple[list[int], int]:
+    """Answers that each of these prompts can pay for (at least one) if all are as long as they may be, and that length."""
+    budget, room, meter = request.meter.budget, request.max_new_tokens, request.meter
+    counts = [n] * len(places)
+    if budget.reward_calls is not None and request.reward is not None:
+        counts = [max(1, min(n, budget.reward_calls - int(meter.calls_P[p]))) for p in places]
     if budget.model_tokens is None:
         return counts, room
-    left = [budget.model_tokens - len(ids) for ids in request.encoded]
-    if min(left) < 0:
-        place = left.index(min(left))
-        raise InputError(
-            f"prompt {request.indices[place]}: its {len(request.encoded[place])} tokens exceed the budget of "
-            f"{budget.model_tokens} model tokens; raise the budget"
-        )
-    room = min(room, min(left) + 1)  # the last token of an answer is not run
+    spent_P = meter.tokens_P
+    left = [budget.model_tokens - (int(spent_P[p]) or len(request.encoded[p])) for p in places]
+    room = min(room, max(0, min(left)) + 1)  # the last token of an answer is not run
     return [max(1, min(c, rest // max(1, room - 1))) for c, rest in zip(counts, left, strict=True)], room
 
 

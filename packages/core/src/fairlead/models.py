@@ -67,6 +67,24 @@ def load(name: str | os.PathLike[str], device: Any = None, dtype: Any = None) ->
     return model.to(device).eval(), load_tokenizer(name)
 
 
+def causal_lm(value: Any, beside: Any = None, role: str = "model") -> Any:
+    """A causal LM in eval mode from a model object or a name (loaded to the device of `beside`).
+
+    role: what it is for, in messages. InputError when its logits have another width than those of `beside`, the model
+    that it is to work with."""
+    model = value if hasattr(value, "forward") else load(value, device=getattr(beside, "device", None))[0]
+    if beside is not None and logits_width(model) != logits_width(beside):
+        raise InputError(
+            f"{role}: {_named(model)} has logits of width {logits_width(model)}, {_named(beside)} of width "
+            f"{logits_width(beside)}; the two must share one tokenizer"
+        )
+    return model
+
+
+def _named(model: Any) -> str:
+    return str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+
+
 def logits_width(model: Any) -> int:
     """Width of the model's logits, padding rows of the head included: the `vocab_size` of a watermark."""
     head = model.get_output_embeddings()

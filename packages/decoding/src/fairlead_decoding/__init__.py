@@ -11,6 +11,16 @@ from typing import Any
 __version__ = "0.1.0"
 
 _LAZY: dict[str, str] = {
+    "BestOfN": "best_of_n",
+    "WorstOfN": "best_of_n",
+    "SoftBestOfN": "soft_best_of_n",
+    "Rejection": "rejection",
+    "TransferQStar": "transfer_q_star",
+    "ControlledDecoding": "controlled_decoding",
+    "ARGS": "args_search",
+    "DeAL": "deal",
+    "GenARM": "genarm",
+    "Blockwise": "blockwise",
     "PAligner": "p_aligner",
     "PrincipleSearch": "principle_search",
 }

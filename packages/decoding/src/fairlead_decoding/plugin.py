@@ -12,7 +12,20 @@ if TYPE_CHECKING:
 
 @hookimpl
 def fairlead_decoders(register: Register) -> None:
-    """Decoders."""
+    drawn = ("stage.decoding", "access.logprobs", "modality.text", "goal.preferences")
+    for name, factory, paper, summary in (
+        ("best-of-n", "best_of_n:BestOfN", "2401.01879", "the answer of n that a reward likes best"),
+        ("worst-of-n", "best_of_n:WorstOfN", "2412.19792", "the answer of n that a reward likes least: the adversary"),
+        ("soft-best-of-n", "soft_best_of_n:SoftBestOfN", "2404.01730", "one answer of n, drawn with weights exp(reward / alpha)"),
+        ("rejection", "rejection:Rejection", "2401.01879", "the first answer whose reward reaches a threshold"),
+        ("transfer-q-star", "transfer_q_star:TransferQStar", "2405.20495", "tokens re-weighted by roll-outs of an aligned model"),
+        ("controlled-decoding", "controlled_decoding:ControlledDecoding", "2310.17022", "tokens re-weighted by the model's own roll-outs"),
+        ("args", "args_search:ARGS", "2402.01694", "tokens re-weighted by the reward of the bare prefix"),
+        ("deal", "deal:DeAL", "2402.06147", "search for objectives in words, each token judged after a look-ahead"),
+        ("genarm", "genarm:GenARM", "2410.08193", "tokens re-weighted by a reward model that is a language model"),
+        ("blockwise", "blockwise:Blockwise", "2310.17022", "sample blocks of tokens, keep the best of n by value"),
+    ):
+        register(name, f"fairlead_decoding.{factory}", paper=paper, summary=summary, tags=drawn)
 
 
 @hookimpl
@@ -32,6 +45,11 @@ def fairlead_recipes(register: Register) -> None:
         "p-aligner", "fairlead_decoding.recipes.p_aligner:PAlignerRecipe", paper="2508.04626",
         summary="does a search over principles find better instructions, and does a small rewriter learn what it finds?",
         tags=("stage.evaluation", "stage.inference_filter", "access.blackbox", "modality.text", "goal.instructions"),
+    )  # fmt: skip
+    register(
+        "bon-asymptotics", "fairlead_decoding.recipes.bon_asymptotics:BonAsymptotics", paper="2404.01730",
+        summary="best-of-n against the tilt that is optimal at its KL divergence: exact, bounded, estimated, and for long answers",
+        tags=("stage.evaluation", "stage.decoding", "access.logprobs", "modality.text", "modality.reward", "paradigm.sft_rlhf_bridge"),
     )  # fmt: skip
 
 
