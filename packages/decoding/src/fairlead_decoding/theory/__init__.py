@@ -2,7 +2,7 @@
 
 tilts: the optimum for a budget of KL divergence. best_of_n: distribution, divergence, win rate, and estimates from
 draws. memoryless: long sequences. procedures, transforms, inference_aware: win rates after best-of-n or worst-of-n.
-plots: the pictures of these. Takes numpy arrays and torch tensors, returns float64 numpy; nats everywhere.
+plots: the pictures of these (imported on its own, needs matplotlib). Takes numpy arrays and torch tensors, returns float64 numpy; nats everywhere.
 """
 
 from .best_of_n import (
