@@ -45,6 +45,7 @@ class RolloutEngine:
         """rollback: `crop` or `drop` will be called (caches with a sliding window must be told beforehand)."""
         self.model = model
         self.rollback = rollback
+        self._slides = slides(model)
         # transformers 5.24 calls the argument `cache`, earlier versions `past_key_values`.
         parameters = inspect.signature(model.forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
@@ -144,30 +145,43 @@ class RolloutEngine:
         removed, self._columns = self._columns - columns, columns
         self._ids[:, columns:] = PADDING
         self._mask[:, columns:] = 1
-        if self._cache is None or (not removed and not self.rollback):
+        if self._cache is None or not (removed or self.rollback):
             return
         if getattr(self._cache, "is_croppable", True):
             self._cache.crop(-removed)
-            return
-        if type(self.model) not in _without_crop:
-            _without_crop.add(type(self.model))
-            log.warning("%s: its cache cannot be cropped; the text is run again instead", type(self.model).__name__)
-        self._cache = None
+        elif removed:
+            self._forget("cannot be cropped")
+
+    @property
+    def takes_holes(self) -> bool:
+        """Whether tokens can be hidden between others by the attention mask: not where a layer sees a window of columns
+        or carries a state. There the text is run again without them."""
+        return not self._slides and self._cache is not None and getattr(self._cache, "is_croppable", True)
 
     def drop(self, count_B: torch.Tensor) -> None:
         """Forget the last count_B tokens of each row, int64 [B]. Columns that no row needs leave the cache; in the others
-        the forgotten tokens are hidden by the attention mask, and positions are counted without them."""
-        common = int(count_B.min())
-        more_B = (count_B - common).to(self._ids.device)
-        self.crop(self._columns - common)
-        if not bool(more_B.any()):
-            return
+        the forgotten tokens are hidden by the attention mask, and positions are counted without them.
+        InputError for counts below 0 or a row that would be left without a token."""
+        count_B = count_B.to(self._ids.device)
+        least, most = (int(v) for v in count_B.aminmax()) if len(count_B) else (0, 0)
+        if least < 0:
+            raise InputError(f"drop: counts of at least 0 are needed, got {least}")
         mask = self._mask[:, : self._columns]
+        if least == most < self._columns and not self._holes and bool(mask[:, self._columns - most - 1].all()):
+            self.crop(self._columns - most)
+            return
         rank = mask.flip(1).cumsum(1).flip(1)  # the last token of a row has rank 1
-        gone = (rank <= more_B[:, None]) & mask.bool()
-        mask[gone] = 0
-        self._ids[:, : self._columns][gone] = PADDING
+        kept = mask.bool() & (rank > count_B[:, None])
+        if not bool(kept.any(1).all()):
+            row = int((~kept.any(1)).nonzero()[0])
+            raise InputError(f"drop: row {row} has {int(mask[row].sum())} tokens, {int(count_B[row])} cannot go")
+        width = int(kept.any(0).nonzero()[-1]) + 1
+        self.crop(width)
+        kept = kept[:, :width]
+        self._mask[:, :width] = kept
+        self._ids[:, :width].masked_fill_(~kept, PADDING)
         self._holes = True
+        self._close_holes()
 
     def advance(self, tokens_B: torch.Tensor, keep: torch.Tensor | None = None) -> None:
         """Append one token to every row, drop the rows that are not in `keep` (indices), run the model on the rest."""
@@ -179,14 +193,37 @@ class RolloutEngine:
         self._run(1)
 
     def extend(self, tokens_BK: torch.Tensor) -> None:
-        """Append K tokens to every row and run the model once; -1 marks tokens that a row does not get, at its front."""
+        """Append K tokens to every row and run the model once; -1 marks tokens that a row does not get. At a row's front
+        they leave `logits_BV` as it should be, elsewhere `logits_BKV` has what follows each token. Models that do not
+        take holes (`takes_holes`) run the whole text again, and `logits_BKV` is right-aligned."""
         width = tokens_BK.shape[1]
         self._room(width)
         self._ids[:, self._columns : self._columns + width] = tokens_BK
         self._mask[:, self._columns : self._columns + width] = tokens_BK != PADDING
         self._holes = self._holes or bool((tokens_BK == PADDING).any())
         self._columns += width
+        self._close_holes()
         self._run(width, every=True)
+
+    def _close_holes(self) -> None:
+        """Move the tokens of each row together where the model would stumble over the holes between them."""
+        if not self._holes or self.takes_holes:
+            return
+        if self._cache is not None:
+            self._forget("takes no holes")
+        mask = self._mask[:, : self._columns]
+        order = mask.argsort(dim=1, stable=True)
+        width = int(mask.sum(1).max())
+        ids, mask = self._ids[:, : self._columns].gather(1, order)[:, -width:], mask.gather(1, order)[:, -width:]
+        self._ids[:, :width], self._mask[:, :width] = ids, mask
+        self._ids[:, width:], self._mask[:, width:] = PADDING, 1
+        self._columns, self._holes = width, False
+
+    def _forget(self, why: str) -> None:
+        if type(self.model) not in _without_crop:
+            _without_crop.add(type(self.model))
+            log.warning("%s: its cache %s; the text is run again instead", type(self.model).__name__, why)
+        self._cache = None
 
     def _room(self, more: int) -> None:
         missing = self._columns + more - self._ids.shape[1]
@@ -203,18 +240,17 @@ class RolloutEngine:
     def _run(self, new: int, every: bool = False) -> None:
         """Run the last `new` columns, or all of them where there is no cache."""
         mask = self._mask[:, : self._columns]
-        fed = new if self._cache is not None else self._columns
+        fresh = self._cache is None
+        fed = self._columns if fresh else new
         inputs: dict[str, Any] = {"input_ids": self._ids[:, self._columns - fed : self._columns].clamp(min=0), "attention_mask": mask}
         if self._takes_positions:
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -fed:]
         if self._takes_cache:
-            inputs[self._cache_name] = self._cache
+            # A window that is to be taken back must remember from the start what it no longer sees.
+            inputs[self._cache_name] = _recording(self.model) if fresh and self.rollback and self._slides else self._cache
         kept = {"logits_to_keep": new if every else 1} if self._keeps else {}
         out = self.model(**inputs, **self._options, **kept)
-        fresh = self._cache is None
         self._cache = self._usable(getattr(out, self._cache_name, None))
-        if fresh and self.rollback and hasattr(self._cache, "activate_past_recording"):
-            self._cache.activate_past_recording()
         self.logits_BV = out.logits[:, -1]
         if every:
             self.logits_BKV = out.logits[:, -new:]
@@ -222,7 +258,8 @@ class RolloutEngine:
 
     def _usable(self, cache: Any) -> Any:
         layers = getattr(cache, "layers", None) or [cache]
-        if all(hasattr(layer, "batch_repeat_interleave") for layer in layers):
+        # A layer with attention and a recurrent state would expand the former alone.
+        if all(hasattr(layer, "batch_repeat_interleave") and not hasattr(layer, "recurrent_states") for layer in layers):
             return cache
         if type(self.model) not in _without_cache:
             _without_cache.add(type(self.model))
@@ -240,6 +277,15 @@ def slides(model: Any) -> bool:
     return any("sliding" in str(kind) or "chunked" in str(kind) for kind in kinds) or (
         not kinds and getattr(config, "sliding_window", None) is not None
     )
+
+
+def _recording(model: Any) -> Any:
+    """An empty cache whose windows keep what they no longer see until the next crop."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    return cache
 
 
 def _copied(cache: Any) -> Any:
@@ -281,7 +327,10 @@ class Rules:
 
     def logits(self, engine: RolloutEngine, positions_B: torch.Tensor) -> torch.Tensor:
         """Next-token logits after the rules, [B, V]; positions_B: index of the token about to be chosen."""
-        logits_BV = engine.logits_BV
+        return self.apply(engine.logits_BV, lambda: engine.ids_BT, positions_B)
+
+    def apply(self, logits_BV: torch.Tensor, ids_BT: Callable[[], torch.Tensor], positions_B: torch.Tensor) -> torch.Tensor:
+        """The same for any logits; ids_BT gives all ids before the tokens about to be chosen, and is asked if need be."""
         if self.least and self.ends:
             early = (positions_B < self.least).nonzero()[:, 0]
             if len(early):
@@ -289,7 +338,8 @@ class Rules:
                 logits_BV = logits_BV.clone()
                 logits_BV[early[:, None], stop] = -torch.inf
         if self.processor is not None:
-            seen = engine.ids_BT.masked_fill(engine.ids_BT == PADDING, self.pad_token)
+            seen = ids_BT()
+            seen = seen.masked_fill(seen == PADDING, self.pad_token)
             logits_BV = self.processor(seen, logits_BV.float().clone())
         return logits_BV
 
