@@ -55,13 +55,15 @@ class Generation:
 
 @dataclass(frozen=True)
 class DecodeResult:
-    """What a decoder returns: one chosen generation per prompt, all candidates, KL to the model and its kind, cost."""
+    """What a decoder returns: one chosen generation per prompt, all candidates, KL to the model and its kind, cost, and
+    the method's own figures as plain JSON values."""
 
     generations: list[Generation]
     candidates: list[list[Generation]] = field(default_factory=list)
     kl: float | None = None
     kl_kind: str = ""
     cost: Cost = field(default_factory=Cost)
+    figures: dict[str, Any] = field(default_factory=dict)
 
 
 class PlainSampler:

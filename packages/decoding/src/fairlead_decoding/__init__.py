@@ -21,6 +21,8 @@ _LAZY: dict[str, str] = {
     "DeAL": "deal",
     "GenARM": "genarm",
     "Blockwise": "blockwise",
+    "KeywordCoverage": "heuristics",
+    "LengthLimit": "heuristics",
     "PAligner": "p_aligner",
     "PrincipleSearch": "principle_search",
 }

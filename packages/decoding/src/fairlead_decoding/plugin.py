@@ -29,6 +29,19 @@ def fairlead_decoders(register: Register) -> None:
 
 
 @hookimpl
+def fairlead_rewards(register: Register) -> None:
+    programmed = ("stage.decoding", "stage.evaluation", "access.blackbox", "modality.text", "goal.preferences")
+    register(
+        "keyword-coverage", "fairlead_decoding.heuristics:KeywordCoverage", paper="2402.06147", tags=programmed,
+        summary="share of the required words that the response has",
+    )  # fmt: skip
+    register(
+        "length-limit", "fairlead_decoding.heuristics:LengthLimit", paper="2402.06147", tags=programmed,
+        summary="keeps a response within a number of words",
+    )  # fmt: skip
+
+
+@hookimpl
 def fairlead_rewriters(register: Register) -> None:
     """Rewriters."""
     register(
@@ -50,6 +63,11 @@ def fairlead_recipes(register: Register) -> None:
         "bon-asymptotics", "fairlead_decoding.recipes.bon_asymptotics:BonAsymptotics", paper="2404.01730",
         summary="best-of-n against the tilt that is optimal at its KL divergence: exact, bounded, estimated, and for long answers",
         tags=("stage.evaluation", "stage.decoding", "access.logprobs", "modality.text", "modality.reward", "paradigm.sft_rlhf_bridge"),
+    )  # fmt: skip
+    register(
+        "infalign", "fairlead_decoding.recipes.infalign:InfAlign", paper="2412.19792",
+        summary="train on a transformed, calibrated reward for the way the model is served: best-of-n, or an attacker's worst-of-n",
+        tags=("stage.evaluation", "stage.training", "stage.decoding", "access.gradients", "modality.text", "paradigm.rlhf", "risk.jailbreak"),
     )  # fmt: skip
 
 

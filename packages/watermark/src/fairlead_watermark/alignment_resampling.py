@@ -82,7 +82,6 @@ class AlignmentResampling(Decoder):
     Config = AlignmentResamplingConfig
     config: AlignmentResamplingConfig
     name = "alignment-resampling"
-    kl_kind = "bound"
 
     def setup(self) -> None:
         if self.config.selection == "reward" and self.config.reward is None:
@@ -109,7 +108,7 @@ class AlignmentResampling(Decoder):
         chosen = [best(group) for group in groups]
         if self.config.selection == "categorical":
             chosen = self._categorical(request, groups, chosen)
-        return [Answer(group, choice, kl_price(len(group))) for group, choice in zip(groups, chosen, strict=True)]
+        return [Answer(group, choice, kl_price(len(group)), "bound") for group, choice in zip(groups, chosen, strict=True)]
 
     def _categorical(self, request: Request, groups: list[list[Generation]], winners: list[int]) -> list[int]:
         """Per prompt a uniform choice among candidates with a preferred label; the winner by reward where there is none.

@@ -48,7 +48,6 @@ class Decoder(Configurable):
 
     needs_reward = False
     """Whether there is nothing to do without a reward."""
-    kl_kind = ""
 
     @property
     def rows_per_prompt(self) -> int:
@@ -63,6 +62,14 @@ class Decoder(Configurable):
     @abstractmethod
     def decode(self, request: Request) -> list[Answer]:
         """Answers of one batch, in order."""
+
+    def figures(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """What the method tells about the whole, as plain JSON values."""
+        return {}
+
+    def start(self, prompt: Any) -> Any:
+        """The prompt as the model is to see it; rewards see the original."""
+        return prompt
 
     def prepare(self, model: Any, tokenizer: Any, reward: Any) -> Any:
         """Check what the decoder needs beside the prompts, and give the reward to use (default: the one given)."""
@@ -120,9 +127,10 @@ class Decoder(Configurable):
         ordered = [answers[i] for i in range(len(encoded))]
         known = [a.kl for a in ordered if a.kl is not None]
         kl = max(0.0, sum(known) / len(known)) if known and len(known) == len(ordered) else None
+        kinds = {a.kl_kind for a in ordered}
         return DecodeResult(
             generations=[_chosen(a) for a in ordered], candidates=[a.candidates for a in ordered], kl=kl,
-            kl_kind=self.kl_kind if kl is not None else "", cost=cost,
+            kl_kind="" if kl is None else kinds.pop() if len(kinds) == 1 else "estimate", cost=cost, figures=self.figures(ordered),
         )  # fmt: skip
 
     def custom_generate(self, tokenizer: Any = None, *, reward: Any = None, seed: int | None = None, **options: Any) -> Callable[..., Any]:
@@ -150,7 +158,7 @@ class Decoder(Configurable):
     def _encode(self, model: Any, tokenizer: Any, prompts: Sequence[Any], room: int, first_index: int) -> list[torch.Tensor]:
         from ..generation import check_lengths, check_vocabulary, encode
 
-        encoded = [encode(tokenizer, prompt, first_index + i) for i, prompt in enumerate(prompts)]
+        encoded = [encode(tokenizer, self.start(prompt), first_index + i) for i, prompt in enumerate(prompts)]
         check_vocabulary(model, tokenizer, encoded, first_index)
         check_lengths(model, encoded, room, first_index)
         return encoded
