@@ -18,6 +18,8 @@ _LAZY = {
     "MinReward": "minimum",
     "CachedReward": "cached",
     "CalibratedReward": "calibrated",
+    "CalibrationTable": "calibration",
+    "Transform": "calibration",
     "ReadabilityReward": "readability",
 }
 __all__ = list(_LAZY)
