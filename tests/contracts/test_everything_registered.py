@@ -30,6 +30,7 @@ NEEDED: dict[tuple[str, str], dict[str, Any]] = {
     ("reward", "weighted"): {"rewards": ["length", "regex"], "weights": [0.5, 2.0]},
     ("reward", "min"): {"rewards": ["length", "regex"]},
     ("reward", "cached"): {"reward": "length"},
+    ("reward", "judge"): {"model": "zoo:sft"},
     ("reward", "calibrated"): {
         "reward": "length",
         "references": {"how are you": ["well"], "what is this": ["a", "b c"]},

@@ -29,6 +29,14 @@ def fairlead_rewards(register: Register) -> None:
         "sequence-classifier", "fairlead.rewards.sequence_classifier:SequenceClassifierReward",
         summary="a Hugging Face sequence classifier, scored in packed batches", tags=learned,
     )  # fmt: skip
+    register(
+        "judge", "fairlead.rewards.judge:JudgeReward", paper="2303.16634",
+        summary="a causal language model's odds of yes against no, or its expected score, about the response",
+        tags=(
+            "stage.decoding", "stage.evaluation", "access.blackbox", "modality.text", "goal.preferences.model_synthetic_feedback",
+            "goal_eval.preferences.reward_model",
+        ),
+    )  # fmt: skip
     register("weighted", "fairlead.rewards.weighted:WeightedReward", summary="weighted sum of rewards", tags=programmed)
     register("min", "fairlead.rewards.minimum:MinReward", summary="the smallest of several rewards", tags=programmed)
     register("cached", "fairlead.rewards.cached:CachedReward", summary="remembers the rewards of pairs it has seen", tags=programmed)

@@ -21,6 +21,7 @@ _LAZY = {
     "CalibrationTable": "calibration",
     "Transform": "calibration",
     "ReadabilityReward": "readability",
+    "JudgeReward": "judge",
 }
 __all__ = list(_LAZY)
 
