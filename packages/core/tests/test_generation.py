@@ -21,8 +21,9 @@ from transformers import (
 )
 from transformers.generation.logits_process import SuppressTokensLogitsProcessor
 
+from fairlead.engine import Rules, roll
 from fairlead.errors import InputError
-from fairlead.generation import PADDING, PlainSampler, RolloutEngine, generate
+from fairlead.generation import PADDING, PlainSampler, RolloutEngine, generate, seeds
 
 VOCABULARY = 50
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -121,6 +122,47 @@ def test_rows_that_have_ended_cost_nothing_more(model: Any) -> None:
     assert lengths == {1, 4}
     assert len(calls) == 4, "early exit when all rows have ended"
     assert calls[1] < calls[0], "ended rows are dropped"
+
+
+def rolled(model: Any, asked: list[torch.Tensor], room: int, **options: Any) -> Any:
+    engine = RolloutEngine(model)
+    engine.prefill(asked, room)
+    rules = Rules(ends=frozenset({7, 8}))
+    return roll(engine, room, PlainSampler(), rules, seeds_B=seeds(3, range(len(asked)), 1), **options)
+
+
+def test_a_listener_is_told_every_token_of_every_answer_as_it_comes(model: Any) -> None:
+    asked = prompts(*[4] * 12)
+    heard: list[list[int]] = [[] for _ in asked]
+    steps: list[int] = []
+
+    def listen(answers: torch.Tensor, tokens: torch.Tensor) -> None:
+        steps.append(len(answers))
+        for answer, token in zip(answers.tolist(), tokens.tolist(), strict=True):
+            heard[answer].append(token)
+
+    made = rolled(model, asked, 40, listen=listen)
+    assert heard == [answer.tolist() for answer in made.ids]
+    assert steps[0] == 12
+    assert steps[-1] < 12, "answers that have ended are not told again"
+    assert [a.tolist() for a in rolled(model, asked, 40).ids] == heard, "listening changes nothing"
+
+
+def test_a_listener_cuts_single_answers_and_leaves_the_others_as_they_are(model: Any) -> None:
+    asked = prompts(*[4] * 8)
+    whole = rolled(model, asked, 12)
+    limit = [1, 20, 3, 20, 5, 20, 2, 20]
+    count = [0] * 8
+
+    def listen(answers: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        for answer in answers.tolist():
+            count[answer] += 1
+        return torch.tensor([count[answer] >= limit[answer] for answer in answers.tolist()])
+
+    made = rolled(model, asked, 12, listen=listen)
+    for i in range(8):
+        assert made.ids[i].tolist() == whole.ids[i].tolist()[: limit[i]]
+        assert made.ended[i] == (whole.ended[i] and len(whole.ids[i]) <= limit[i]), "a cut answer has not ended by itself"
 
 
 def test_each_prompt_is_run_once_for_all_its_candidates(model: Any) -> None:

@@ -351,12 +351,15 @@ class Rules:
 def roll(
     engine: RolloutEngine, room: int, sampler: TokenSampler, rules: Rules, *, seeds_B: torch.Tensor, first: int = 0,
     temperature: float | None = None, noise_from: int | None = None, stop: Callable[[], bool] | None = None,
+    listen: Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None] | None = None,
 ) -> Rolled:  # fmt: skip
     """Let every row of the engine grow until it ends or has `room` more tokens.
 
     seeds_B: int64 [B], sampling noise of the rows. first: tokens that the answers already have. temperature: also give
     the log-probs of the chosen tokens under the model at this temperature. noise_from: where the noise's positions start;
-    default `first`. stop: asked before each token but the first; True cuts all answers there. Rows that end are dropped from the engine, and the last token is not run: a caller that goes on forks.
+    default `first`. stop: asked before each token but the first; True cuts all answers there. listen: told at each step which answers got a token,
+    int64 [A], and the tokens int64 [A], both on the CPU; it may give back bool [A]: those to be cut after this token.
+    Rows that end are dropped from the engine, and the last token is not run: a caller that goes on forks.
     InputError where the model's logits cannot be sampled.
     """
     total = engine.rows
@@ -377,12 +380,16 @@ def roll(
         answers[here, step] = torch.where(alive, tokens, PADDING)
         if temperature is not None:
             logprobs[here, step] = chosen_logprob(engine.logits_BV, tokens, temperature)
-        ended = alive & rules.ended(tokens)
-        if bool(ended.any()):
-            lengths[here[ended].cpu()] = step + 1
+        ended = over = alive & rules.ended(tokens)
+        if listen is not None:
+            cut = listen(here[alive].cpu(), tokens[alive].cpu())
+            if cut is not None:
+                over = ended.masked_scatter(alive, cut.to(device)) | ended
+        if bool(over.any()):
+            lengths[here[over].cpu()] = step + 1
             finished[here[ended].cpu()] = True
-            alive = alive & ~ended
-            engine.retire(ended)
+            alive = alive & ~over
+            engine.retire(over)
         count = int(alive.sum())
         if count == 0 or step == room - 1:
             break
