@@ -31,6 +31,7 @@ NEEDED: dict[tuple[str, str], dict[str, Any]] = {
     ("reward", "min"): {"rewards": ["length", "regex"]},
     ("reward", "cached"): {"reward": "length"},
     ("reward", "judge"): {"model": "zoo:sft"},
+    ("reward", "embedding-similarity"): {"model": "zoo:sft"},
     ("reward", "calibrated"): {
         "reward": "length",
         "references": {"how are you": ["well"], "what is this": ["a", "b c"]},

@@ -37,6 +37,11 @@ def fairlead_rewards(register: Register) -> None:
             "goal_eval.preferences.reward_model",
         ),
     )  # fmt: skip
+    register(
+        "embedding-similarity", "fairlead.rewards.embedding:EmbeddingReward", paper="1908.10084",
+        summary="cosine of the response's sentence embedding with the prompt's or with reference texts'",
+        tags=(*_SCORES_TEXT, "goal.preferences.model_synthetic_feedback"),
+    )  # fmt: skip
     register("weighted", "fairlead.rewards.weighted:WeightedReward", summary="weighted sum of rewards", tags=programmed)
     register("min", "fairlead.rewards.minimum:MinReward", summary="the smallest of several rewards", tags=programmed)
     register("cached", "fairlead.rewards.cached:CachedReward", summary="remembers the rewards of pairs it has seen", tags=programmed)

@@ -22,6 +22,7 @@ _LAZY = {
     "Transform": "calibration",
     "ReadabilityReward": "readability",
     "JudgeReward": "judge",
+    "EmbeddingReward": "embedding",
 }
 __all__ = list(_LAZY)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from ..errors import DataUnavailableError
+from ..logprobs import backbone
 from ..models import load, load_tokenizer, resolve
 
 Template = Literal["auto", "chat", "concatenate"]
@@ -26,9 +27,10 @@ def causal(value: Any) -> tuple[Any, Any]:
 
 
 def encoder(value: Any) -> tuple[Any, Any]:
-    """(AutoModel in float32 and eval mode, tokenizer) of a setting, on the GPU where there is one."""
+    """(AutoModel in float32 and eval mode, tokenizer) of a setting, on the GPU where there is one; of a loaded pair, the
+    model without its head."""
     if not isinstance(value, (str, os.PathLike)):
-        return value[0], value[1]
+        return backbone(value[0]), value[1]
     import torch
     from transformers import AutoModel
     from transformers.utils import logging
