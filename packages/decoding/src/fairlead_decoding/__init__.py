@@ -23,6 +23,8 @@ _LAZY: dict[str, str] = {
     "Blockwise": "blockwise",
     "KeywordCoverage": "heuristics",
     "LengthLimit": "heuristics",
+    "GuideAlign": "guide_align",
+    "GuidelineLibrary": "guidelines",
     "PAligner": "p_aligner",
     "PrincipleSearch": "principle_search",
 }

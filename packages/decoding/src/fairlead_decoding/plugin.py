@@ -45,6 +45,11 @@ def fairlead_rewards(register: Register) -> None:
 def fairlead_rewriters(register: Register) -> None:
     """Rewriters."""
     register(
+        "guide-align", "fairlead_decoding.guide_align:GuideAlign", paper="2403.11838",
+        summary="puts the rules of a guideline library that fit an input before it, found by a small dual encoder",
+        tags=("stage.inference_filter", "access.blackbox", "modality.text", "goal.values.principles"),
+    )  # fmt: skip
+    register(
         "p-aligner", "fairlead_decoding.p_aligner:PAligner", paper="2508.04626",
         summary="a small model rewrites the instruction before a frozen one answers it; learnt from a search over principles",
         tags=("stage.inference_filter", "access.blackbox", "modality.text", "goal.instructions", "goal.values.principles.hhh"),
@@ -54,6 +59,11 @@ def fairlead_rewriters(register: Register) -> None:
 @hookimpl
 def fairlead_recipes(register: Register) -> None:
     """Recipes."""
+    register(
+        "guide-align", "fairlead_decoding.recipes.guide_align:GuideAlignRecipe", paper="2403.11838",
+        summary="does a small retriever learn which rules an input needs, and do they reach the prompt?",
+        tags=("stage.evaluation", "stage.inference_filter", "access.blackbox", "modality.text", "goal.values.principles"),
+    )  # fmt: skip
     register(
         "p-aligner", "fairlead_decoding.recipes.p_aligner:PAlignerRecipe", paper="2508.04626",
         summary="does a search over principles find better instructions, and does a small rewriter learn what it finds?",
