@@ -26,6 +26,11 @@ def fairlead_decoders(register: Register) -> None:
         ("blockwise", "blockwise:Blockwise", "2310.17022", "sample blocks of tokens, keep the best of n by value"),
     ):
         register(name, f"fairlead_decoding.{factory}", paper=paper, summary=summary, tags=drawn)
+    register(
+        "speculative", "fairlead_decoding.speculative:Speculative", paper="2403.00858",
+        summary="a small draft proposes, the target accepts: the target's law in fewer calls, batches with ragged acceptance",
+        tags=("stage.decoding", "access.logprobs", "modality.text", "goal.instructions"),
+    )  # fmt: skip
 
 
 @hookimpl
@@ -78,6 +83,11 @@ def fairlead_recipes(register: Register) -> None:
         "infalign", "fairlead_decoding.recipes.infalign:InfAlign", paper="2412.19792",
         summary="train on a transformed, calibrated reward for the way the model is served: best-of-n, or an attacker's worst-of-n",
         tags=("stage.evaluation", "stage.training", "stage.decoding", "access.gradients", "modality.text", "paradigm.rlhf", "risk.jailbreak"),
+    )  # fmt: skip
+    register(
+        "transfer-q-star", "fairlead_decoding.recipes.transfer_q_star:TransferQStarRecipe", paper="2405.20495",
+        summary="values of an aligned model against values of the model itself, exact trees and small models",
+        tags=("stage.evaluation", "stage.decoding", "access.logprobs", "modality.text", "goal.preferences"),
     )  # fmt: skip
 
 
