@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import json
 import random
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy.stats import chisquare
 
 from fairlead.errors import FairleadError, InputError
 from fairlead_decoding.principle_search import (
@@ -95,6 +97,14 @@ def test_equal_seeds_give_equal_bytes_and_another_seed_other_trees() -> None:
     first, again, other = (grown(12, 3, seed=s) for s in (4, 4, 5))
     assert [t.to_json() for t in first] == [t.to_json() for t in again]
     assert [t.to_json() for t in first] != [t.to_json().replace('"seed": 5', '"seed": 4') for t in other]
+
+
+def test_principles_are_drawn_uniformly_and_independently() -> None:
+    trees = grown(3, 1200, principles=FIVE[:3], n=1)
+    orders = collections.Counter("".join(str(n.action) for n in t.nodes[1:]) for t in trees)
+    assert len(orders) == 6
+    assert chisquare(list(orders.values())).pvalue > 1e-3
+    assert {t.draws for t in trees} == {3}
 
 
 def test_a_tree_does_not_depend_on_the_trees_beside_it() -> None:
@@ -251,6 +261,7 @@ def test_a_tree_of_equal_values_gives_no_pair() -> None:
     trees = plant(["x"], FIVE)
     PrincipleSearch(iterations=6)(trees, improver, responder, one_by_one(lambda raw, answer: 0.5))
     assert best_worst_pairs(trees) == []
+    assert positive_transitions(trees) == []
     assert best_node(trees[0]) is trees[0].root
 
 

@@ -28,7 +28,7 @@ from .text_similarity import lcs_length
 
 RULES, EMBEDDINGS = "guidelines.jsonl", "embeddings.safetensors"
 LONGEST = 65_535
-_BUCKETS = 128
+_BUCKETS = 32  # tells a to z and the space apart; what else falls together only loosens the bound
 _ROLE_MARKS = re.compile(
     r"<\|[^<>|]*\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|#{3,}"
     r"|^\s*(?:system|user|assistant|human|ai)\s*:(?=\s|$)",
@@ -252,7 +252,7 @@ class _Blocks:
         totals = self._lengths[:count] + len(text)
         near = np.flatnonzero(2 * np.minimum(self._lengths[:count], len(text)) >= threshold * totals - 1e-9)
         if len(near):
-            common = np.minimum(self._counts[near], _character_counts(text)).sum(1, dtype=np.int64)
+            common = np.minimum(self._counts[near], _character_counts(text)).sum(1, dtype=np.uint32)
             near = near[2 * common >= threshold * totals[near] - 1e-9]
         for place in near.tolist():
             if 2 * lcs_length(text, self._texts[place]) / totals[place] >= threshold:

@@ -246,18 +246,16 @@ def ucb(q: float, visits: int, parent_visits: int, w: float) -> float:
 def select(tree: Tree, w: float, *, standardise: bool = False, mean: Mean = "nested") -> int:
     """Index of the node to expand: down from the root while every principle is used, to the child with the largest
     upper bound (ties: the oldest). standardise: Q as z-score over the V_local known below the root; no spread gives 0."""
-    centre, scale = 0.0, 1.0
+    scale = 1.0
     if standardise:
         known = [n.local_mean for n in tree.nodes[1:] if n.local_mean is not None]
-        centre = sum(known) / len(known) if known else 0.0
-        spread = math.sqrt(sum((v - centre) ** 2 for v in known) / len(known)) if known else 0.0
+        centre = sum(known) / max(1, len(known))
+        spread = math.sqrt(sum((v - centre) ** 2 for v in known) / max(1, len(known)))
         scale = 1 / spread if spread > 0 else 0.0
     node = tree.root
     while len(node.children) == len(tree.actions):
-        # Means of means are affine in V_local: the z-score of Q is Q of the z-scores.
-        bounds = [
-            ucb((tree.value(c, mean) - centre) * scale, tree.nodes[c].visits, node.visits, w) for c in node.children
-        ]
+        # Q is affine in V_local, so the z-score of Q is Q of the z-scores; their common centre moves all siblings alike.
+        bounds = [ucb(tree.value(c, mean) * scale, tree.nodes[c].visits, node.visits, w) for c in node.children]
         node = tree.nodes[node.children[bounds.index(max(bounds))]]
     return node.index
 

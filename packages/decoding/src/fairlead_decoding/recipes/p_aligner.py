@@ -122,8 +122,8 @@ class PAlignerRecipe(Recipe):
             "What the rewriter learns",
             f"{c.trees} instructions of {CLASSES} classes are searched; a two-layer model of width 64 learns the best text of each tree. It "
             f"is tested on {c.tests} new instructions. One greedy pass costs one short generation; the search that it replaces costs "
-            f"{c.iterations} improver calls, {3 * (c.iterations + 1)} answers and as many rewards per instruction. It may even surpass the "
-            "search, which is fooled by noise on each instruction alone while the rewriter averages over many.\n\n"
+            f"{c.iterations} improver calls, {3 * (c.iterations + 1)} answers and as many rewards per instruction. The two come out level: a search is "
+            "fooled by noise on its own instruction, the rewriter has averaged over many.\n\n"
             "A rewriter that saw only raw texts keeps adding to a text that is finished, so a second pass costs something. Giving it each "
             "chosen text once more as its own best rewrite teaches it to stop.",
         )
