@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from fairlead import registry
+from fairlead.rewards import ValueHead
 from fairlead.testing import (
     decoder_contract,
     guard_contract,
@@ -31,6 +33,7 @@ NEEDED: dict[tuple[str, str], dict[str, Any]] = {
     ("reward", "min"): {"rewards": ["length", "regex"]},
     ("reward", "cached"): {"reward": "length"},
     ("reward", "judge"): {"model": "zoo:sft"},
+    ("reward", "value-head"): {"model": "zoo:sft", "head": ValueHead(torch.ones(1, 128))},
     ("reward", "embedding-similarity"): {"model": "zoo:sft"},
     ("reward", "calibrated"): {
         "reward": "length",

@@ -42,6 +42,11 @@ def fairlead_rewards(register: Register) -> None:
         summary="cosine of the response's sentence embedding with the prompt's or with reference texts'",
         tags=(*_SCORES_TEXT, "goal.preferences.model_synthetic_feedback"),
     )  # fmt: skip
+    register(
+        "value-head", "fairlead.rewards.value_head:ValueHeadReward", paper="2310.17022",
+        summary="a linear head on a causal language model's last hidden state, fitted by ridge regression",
+        tags=("stage.decoding", "stage.evaluation", "access.weights", "modality.text", "goal.preferences.human_feedback"),
+    )  # fmt: skip
     register("weighted", "fairlead.rewards.weighted:WeightedReward", summary="weighted sum of rewards", tags=programmed)
     register("min", "fairlead.rewards.minimum:MinReward", summary="the smallest of several rewards", tags=programmed)
     register("cached", "fairlead.rewards.cached:CachedReward", summary="remembers the rewards of pairs it has seen", tags=programmed)

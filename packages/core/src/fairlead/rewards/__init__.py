@@ -23,6 +23,9 @@ _LAZY = {
     "ReadabilityReward": "readability",
     "JudgeReward": "judge",
     "EmbeddingReward": "embedding",
+    "ValueHeadReward": "value_head",
+    "ValueHead": "value_head",
+    "fit_value_head": "value_head",
 }
 __all__ = list(_LAZY)
 
