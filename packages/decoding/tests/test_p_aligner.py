@@ -145,6 +145,17 @@ def test_a_prompt_is_rewritten_alike_whatever_stands_beside_it(trained: Any) -> 
     assert trained([]) == []
 
 
+def test_the_likeliest_rewrite_is_taken_whatever_the_seed() -> None:
+    model, tokenizer = tiny_rewriter(0)
+    pairs = [{"raw": f"intent{i}", "chosen": f"intent{i} +{flag}"} for i in range(10) for flag in "ab"]
+    train_rewriter(model, tokenizer, pairs, template=TINY, steps=100, batch_size=20, learning_rate=1e-2)
+    rewriter = PAligner(model=model, tokenizer=tokenizer, template=TINY, max_new_tokens=8)
+    prompts = [f"intent{i}" for i in range(10)]
+    first = [r.prompt for r in rewriter(prompts, seed=0)]
+    assert set(first) <= {f"{p} +{flag}" for p in prompts for flag in "ab"}
+    assert all([r.prompt for r in rewriter(prompts, seed=seed)] == first for seed in (1, 2, 3))
+
+
 def test_only_the_last_turn_of_a_chat_is_rewritten(trained: Any) -> None:
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "intent1 filler1"}, {"role": "assistant", "content": "ok"},
             {"role": "user", "content": "intent2 filler2"}]  # fmt: skip
