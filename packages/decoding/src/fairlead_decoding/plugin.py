@@ -94,3 +94,6 @@ def fairlead_recipes(register: Register) -> None:
 @hookimpl
 def fairlead_commands(cli: click.Group) -> None:
     """Commands."""
+    from .serving.command import serve
+
+    cli.add_command(serve)
