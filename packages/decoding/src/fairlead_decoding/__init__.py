@@ -23,6 +23,7 @@ _LAZY: dict[str, str] = {
     "Blockwise": "blockwise",
     "KeywordCoverage": "heuristics",
     "LengthLimit": "heuristics",
+    "Speculative": "speculative",
     "GuideAlign": "guide_align",
     "GuidelineLibrary": "guidelines",
     "PAligner": "p_aligner",

@@ -1,0 +1,494 @@
+"""Speculative sampling: a small draft model proposes gamma tokens, one call of the target accepts a part of them.
+
+With q the target's next-token law and p the draft's, both after the same temperature and truncation, a proposal x is kept
+with probability min(1, q(x) / p(x)); at the first refusal the next token is drawn from (q - p)_+ / sum, and from q where all
+are kept. Answers have the target's law exactly; a call gives tau tokens on average, 1 to gamma + 1. Training a draft
+for a high tau is the subject of arXiv 2403.00858; the sampling rule is that of arXiv 2211.17192 and 2302.01318.
+Deviation: rows of a batch keep different numbers of tokens, where common implementations take one prompt at a time.
+
+Shape suffixes: B rows, K tokens of a block, V vocabulary of the target, N rows of the whole batch, G drafted tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import Field, field_validator
+
+from fairlead import models
+from fairlead.config import MethodConfig
+from fairlead.decoding import Answer, Request
+from fairlead.engine import PADDING, RolloutEngine, choose
+from fairlead.errors import InputError
+from fairlead.generation import PlainSampler, check_lengths
+from fairlead.kinds import Decoder
+
+log = logging.getLogger("fairlead")
+DRAFT, ACCEPT, RESIDUAL = 1, 2, 3
+"""Streams of noise: what the draft draws, whether it is accepted, what takes its place."""
+_alone: set[str] = set()
+
+
+def block_efficiency(acceptance: float, gamma: int) -> float:
+    """Tokens a target call where each of gamma proposals is accepted independently: (1 - a^(gamma + 1)) / (1 - a)."""
+    return float(sum(acceptance**i for i in range(gamma + 1)))
+
+
+def memory_bound_speedup(tau: float, parameter_ratio: float, gamma: int) -> float:
+    """tau / (c gamma + 1): the gain in speed where a model call costs its parameters, whatever tokens it reads."""
+    return tau / (parameter_ratio * gamma + 1)
+
+
+def verdict(
+    q_BKV: torch.Tensor, p_BGV: torch.Tensor, tokens_BG: torch.Tensor, chance_BG: torch.Tensor, live_BG: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The sampling rule: (q / p of each proposal float64 [B, G], how many are kept int64 [B], weights [B, V] of the token
+    that follows them).
+
+    q_BKV, p_BGV: laws of target and draft, K = G + 1. tokens_BG: proposals, -1 for none. chance_BG: uniforms in [0, 1).
+    live_BG: what was proposed, a prefix of each row; a row that keeps all of it goes on with the target's law.
+    """
+    rows, width = torch.arange(len(q_BKV), device=q_BKV.device), tokens_BG.shape[1]
+    at = tokens_BG.clamp(min=0)[..., None]
+    ratio_BG = (q_BKV[:, :width].gather(2, at) / p_BGV.gather(2, at))[..., 0].double()
+    kept = ((chance_BG < ratio_BG) & live_BG).cumprod(1).sum(1)
+    weights_BV = q_BKV[rows, kept]
+    if width:
+        residual_BV = (weights_BV - p_BGV[rows, kept.clamp(max=width - 1)]).clamp(min=0)
+        # Rounding may leave nothing of a residual whose true mass is tiny.
+        refused = (kept < live_BG.sum(1)) & (residual_BV.sum(-1) > 0)
+        weights_BV = torch.where(refused[:, None], residual_BV, weights_BV)
+    return ratio_BG, kept, weights_BV
+
+
+class SpeculativeConfig(MethodConfig):
+    """Settings of speculative sampling."""
+
+    draft: Any = Field(description="the draft: a causal LM, its folder or hub id, or zoo:NAME; the target's tokenizer is its own")
+    gamma: int = Field(4, ge=1, description="tokens that the draft proposes for each call of the target")
+
+    @field_validator("draft", mode="before")
+    @classmethod
+    def _is_a_model(cls, value: Any) -> Any:
+        if isinstance(value, (str, os.PathLike)) or (hasattr(value, "forward") and hasattr(value, "config")):
+            return value
+        raise ValueError("a causal language model, or the name of one, is needed")
+
+
+class Speculative(Decoder):
+    """The target's own answers, in fewer calls of it.
+
+    What is preserved: the law of `generate` with the same settings (not its noise), and at temperature 0 its tokens.
+    Logits processors, `min_new_tokens` and the watermark change target and draft alike before the test, so the law is that
+    of the marked target; for a mark that leaves no chance (keyed Gumbel) the tokens are `generate`'s. Rewards are not asked.
+    Noise belongs to (seed, prompt, position in the answer), each position and purpose with its own.
+    Where target and draft differ in width, the surplus must be padding of the head, and is never drawn.
+    """
+
+    Config = SpeculativeConfig
+    config: SpeculativeConfig
+
+    def setup(self) -> None:
+        self._draft: Any = None
+        self._draft_tokenizer: Any = None
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        return {"temperature": 0.0}
+
+    def prepare(self, model: Any, tokenizer: Any, reward: Any) -> Any:
+        if self._draft is None:
+            self._draft = self.config.draft
+            if isinstance(self._draft, (str, os.PathLike)):
+                self._draft, self._draft_tokenizer = models.load(self._draft, device=model.device, dtype=model.dtype)
+        draft = self._draft
+        if draft.device != model.device:
+            raise InputError(f"draft: is on {draft.device}, the target on {model.device}; put them on one device")
+        if draft.training:
+            raise InputError("draft: is in training mode; call draft.eval()")
+        _check_vocabularies(model, draft, tokenizer, self._draft_tokenizer)
+        return reward
+
+    def decode(self, request: Request) -> list[Answer]:
+        for index, ids in zip(request.indices, request.encoded, strict=True):
+            check_lengths(self._draft, [ids], request.max_new_tokens, index)
+        _check_budget(request)
+        target, draft = request.engine(rollback=True), request.engine(self._draft, rollback=True)
+        law = _Law(request, models.logits_width(request.model), models.logits_width(self._draft))
+        everyone = torch.arange(len(request.encoded), device=request.device)
+        if len(everyone) == 1 or (target.takes_holes and draft.takes_holes):
+            written = [_Speculation(request, law, target, draft, everyone, self.config.gamma).run()]
+        else:
+            _say_alone(request.model if not target.takes_holes else self._draft)
+            written = [
+                _Speculation(request, law, target.fork(1, here), draft.fork(1, here), here, self.config.gamma).run()
+                for here in everyone.split(1)
+            ]
+        ratio = _parameters(self._draft) / max(1, _parameters(request.model))
+        exact = request.watermark is None  # how far the marked target is from the unmarked one is not known
+        return [
+            Answer(
+                [request.generation(place, ids, finished=ended)], kl=0.0 if exact else None, kl_kind="exact" if exact else "",
+                extra={**extra, "parameter_ratio": ratio},
+            )  # fmt: skip
+            for place, (ids, ended, extra) in enumerate(row for part in written for row in part)
+        ]
+
+    def figures(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """target_calls; block_efficiency: tokens a call; block_efficiency_low_variance: 1 + sum_i prod_(j <= i)
+        min(1, q_j / p_j) along all that was drafted, averaged over calls; acceptance_by_position: share of calls whose
+        first i drafted tokens were accepted; mean_acceptance: share of the tested tokens; parameter_ratio c;
+        memory_bound_speedup tau / (c gamma + 1)."""
+        calls = sum(a.extra["target_calls"] for a in answers)
+        if not calls:
+            return {}
+        drafted, accepted = (torch.tensor([a.extra[f"{what}_by_position"] for a in answers]).sum(0) for what in ("drafted", "accepted"))
+        tested = sum(a.extra["tested"] for a in answers)
+        tau = sum(len(a.candidates[0].ids) for a in answers) / calls
+        ratio = answers[0].extra["parameter_ratio"]
+        return {
+            "target_calls": calls,
+            "block_efficiency": tau,
+            "block_efficiency_low_variance": sum(a.extra["expected_tokens"] for a in answers) / calls,
+            "acceptance_by_position": [int(a) / int(d) if d else None for a, d in zip(accepted, drafted, strict=True)],
+            "mean_acceptance": int(accepted.sum()) / tested if tested else None,
+            "parameter_ratio": ratio,
+            "memory_bound_speedup": memory_bound_speedup(tau, ratio, self.config.gamma),
+        }
+
+
+class _Law:
+    """Next-token laws of one request: rules, watermark, temperature and truncation, the same for target and draft."""
+
+    def __init__(self, request: Request, width: int, draft_width: int) -> None:
+        self.rules, self.width, self.shared = request.rules, width, min(width, draft_width)
+        self.temperature, self.cuts = request.temperature, (request.top_k or 0, request.top_p or 1.0, request.min_p or 0.0)
+        self._mark = request.watermark
+        self._mark_options: dict[str, Any] = {}
+        self._mark_from = False
+        if self._mark is not None:
+            self._read_mark(request)
+        self.reads_ids = self._mark is not None or self.rules.processor is not None
+        self.by_position = self.reads_ids or bool(self.rules.least and self.rules.ends)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def _read_mark(self, request: Request) -> None:
+        """A processor that takes sampling settings applies them itself, and leaves none to be applied after it."""
+        names = inspect.signature(self._mark.processor).parameters  # type: ignore[union-attr]
+        self._mark_from = "prompt_length" in names
+        own = [n for n in ("temperature", "top_k", "top_p", "min_p") if n in names]
+        if not own:
+            return
+        self._mark_options = {n: getattr(request, n) for n in own}
+        if getattr(self._mark.config, "dedup_contexts", None) and (request.truncates or request.temperature != 1):  # type: ignore[union-attr]
+            raise InputError(
+                f"speculative: {self._mark.name} with dedup_contexts works at temperature 1 without truncation only; "  # type: ignore[union-attr]
+                "leave one of them out"
+            )
+        self._processor(0)  # what the mark refuses, greedy text say, it refuses here
+        self.temperature, self.cuts = 1.0, (0, 1.0, 0.0)
+
+    def fit(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] of either model at the target's width, with -inf where the two have not both a token."""
+        if logits.shape[-1] == self.width == self.shared:
+            return logits
+        return torch.nn.functional.pad(logits[..., : self.shared], (0, self.width - self.shared), value=-torch.inf)
+
+    def processed(self, logits_BV: torch.Tensor, ids_BT: Callable[[], torch.Tensor], positions_B: torch.Tensor) -> torch.Tensor:
+        """Logits after rules and watermark; positions_B: index in the answer of the token about to be chosen."""
+        logits_BV = self.rules.apply(logits_BV, ids_BT, positions_B)
+        return logits_BV if self._mark is None else self._marked(logits_BV, ids_BT(), positions_B)
+
+    def _marked(self, logits_BV: torch.Tensor, ids_BT: torch.Tensor, positions_B: torch.Tensor) -> torch.Tensor:
+        """Marked logits. Answers of one length begin in one column, so they are marked together."""
+        if not self._mark_from:
+            marked: torch.Tensor = self._processor(0)(ids_BT, logits_BV.float())
+            return marked
+        marked_BV = logits_BV.float().clone()
+        for length in positions_B.unique().tolist():
+            rows = (positions_B == length).nonzero()[:, 0]
+            marked_BV[rows] = self._processor(max(0, ids_BT.shape[1] - length))(ids_BT[rows], marked_BV[rows])
+        return marked_BV
+
+    def _processor(self, start: int) -> Any:
+        begins = {"prompt_length": start} if self._mark_from else {}
+        return self._mark.processor(**begins, **self._mark_options)  # type: ignore[union-attr]
+
+    def warped(self, logits: torch.Tensor) -> torch.Tensor:
+        """Log-weights [..., V], float32 or float64: tempered, -inf where truncation cuts."""
+        scaled = logits if logits.dtype == torch.float64 else logits.float()
+        if self.temperature != 1:
+            scaled = scaled / self.temperature
+        if self.cuts != (0, 1.0, 0.0):
+            from fairlead_kernels.ops.gumbel_sample.reference import cutoff
+
+            scaled = scaled - scaled.amax(-1, keepdim=True)
+            least = cutoff(scaled.flatten(0, -2), *self.cuts).view(*scaled.shape[:-1], 1)
+            scaled = scaled.masked_fill(scaled < least, -torch.inf)
+        return scaled
+
+
+@dataclass
+class _Counts:
+    """What the rows of a batch did, [N] and [N, gamma]."""
+
+    calls: torch.Tensor
+    expected: torch.Tensor
+    tested: torch.Tensor
+    drafted: torch.Tensor
+    accepted: torch.Tensor
+
+    @classmethod
+    def zeros(cls, rows: int, gamma: int, device: torch.device) -> _Counts:
+        def none(*shape: int) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=torch.int64, device=device)
+
+        return cls(none(rows), none(rows).double(), none(rows), none(rows, gamma), none(rows, gamma))
+
+    def row(self, i: int) -> dict[str, Any]:
+        return {
+            "target_calls": int(self.calls[i]), "expected_tokens": float(self.expected[i]), "tested": int(self.tested[i]),
+            "drafted_by_position": self.drafted[i].tolist(), "accepted_by_position": self.accepted[i].tolist(),
+        }  # fmt: skip
+
+
+class _Speculation:
+    """Rows that grow by blocks.
+
+    Both caches hold all but the last token of a row, the draft's also lacks the one before where all proposals were
+    accepted. How many tokens a row drafts depends on what it has left to write and to spend, never on the rows beside it.
+    """
+
+    def __init__(
+        self, request: Request, law: _Law, target: RolloutEngine, draft: RolloutEngine, places: torch.Tensor, gamma: int
+    ) -> None:
+        rows, device, room = len(places), request.device, request.max_new_tokens
+        self.law, self.target, self.draft, self.meter, self.room = law, target, draft, request.meter, room
+        self.places = places
+        self.answers = torch.full((rows, room + gamma + 1), PADDING, dtype=torch.int64, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.counts = _Counts.zeros(rows, gamma, device)
+        self.steps = torch.arange(gamma + 1, device=device)
+        seeds = [request.seeds(1, stream)[places] for stream in (DRAFT, ACCEPT, RESIDUAL)]
+        self.draft_seeds, self.residual_seeds = seeds[0], seeds[2]
+        if not law.greedy:
+            self.uniforms = _uniforms(seeds[1], room + gamma)
+        self.draw = PlainSampler(0.0 if law.greedy else 1.0)
+        # Of the rows in the engines: which answer each writes, whether it still does, the tokens the caches lack.
+        self.here = torch.arange(rows, device=device)
+        self.alive = torch.ones(rows, dtype=torch.bool, device=device)
+        self.limit = torch.full_like(self.here, gamma)
+        self.last = torch.full_like(self.here, PADDING)
+        self.tail = torch.full_like(self.here, PADDING)
+
+    def run(self) -> list[tuple[torch.Tensor, bool, dict[str, Any]]]:
+        """Ids, whether they ended by themselves, and counts, of each row."""
+        first = True
+        while True:
+            self._limit(first)
+            if not bool(self.alive.any()) or (self.meter.late and not first):
+                break
+            self._shrink()
+            self._step(first)
+            first = False
+        lengths, answers = self.lengths.tolist(), self.answers.cpu()
+        return [(answers[i, :n], ended, self.counts.row(i)) for i, (n, ended) in enumerate(zip(lengths, self.finished.tolist(), strict=True))]
+
+    def _limit(self, first: bool) -> None:
+        """How many tokens each row drafts now: what it may still write less the one that the target adds, and what it
+        can pay for. A row that drafts none no longer does; one that cannot pay for a token ends."""
+        room = self.room - self.lengths[self.here] - 1
+        self.limit = torch.minimum(self.limit, room.clamp(min=0)).masked_fill(~self.alive, 0)
+        if self.meter.budget.model_tokens is None:
+            return
+        left = self.meter.budget.model_tokens - self.meter.tokens_P.to(self.here.device)[self.places[self.here]]
+        if first:  # the prompts' logits are there: g tokens of the target's and g - 1 of the draft's
+            paid = (left + 1) // 2
+        else:
+            paid = (left - 1 - (self.tail != PADDING).long()) // 2
+            self.alive = self.alive & (left >= 1)
+        self.limit = torch.minimum(self.limit, paid.clamp(min=0)).masked_fill(~self.alive, 0)
+
+    def _shrink(self) -> None:
+        """Dropping ended rows copies the caches, so it is done when at least a quarter of the rows is idle."""
+        if int(self.alive.sum()) > 0.75 * len(self.here):
+            return
+        rows = self.alive.nonzero()[:, 0]
+        for engine in (self.target, self.draft):
+            engine.select(rows)
+        for name in ("here", "alive", "limit", "last", "tail"):
+            setattr(self, name, getattr(self, name)[rows])
+
+    def _step(self, first: bool) -> None:
+        written, width = self.lengths[self.here], int(self.limit.max())
+        block_BK, p_BGV = self._propose(written, width, first)
+        q_BKV = self._judge(block_BK, written, first)
+        live_BG = self.steps[:width] < self.limit[:, None]
+        if self.law.greedy:
+            pick_BK = _best(q_BKV)
+            ratio_BG = (pick_BK[:, :width] == block_BK[:, 1:]).double()
+            kept = ((ratio_BG > 0) & live_BG).cumprod(1).sum(1)
+            token = pick_BK.gather(1, kept[:, None])[:, 0]
+        else:
+            ratio_BG, kept, token = self._test(block_BK, p_BGV, q_BKV, live_BG, written)
+        self._count(width, live_BG, ratio_BG, kept)
+        self._write(block_BK, kept, token, written)
+        self.target.drop(self.limit - kept)
+        self.draft.drop((self.limit - 1 - kept).clamp(min=0))
+        full = (kept == self.limit) & (self.limit > 0) & self.alive
+        self.tail = torch.where(full, block_BK.gather(1, self.limit[:, None])[:, 0], PADDING)
+        self.last = torch.where(self.alive, token, PADDING)
+
+    def _propose(self, written: torch.Tensor, width: int, first: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The block [B, 1 + width]: the last token, then the draft's; and the draft's log-weights [B, width, V]."""
+        block_BK = torch.full((len(self.here), 1 + width), PADDING, dtype=torch.int64, device=self.here.device)
+        block_BK[:, 0] = self.last
+        if width and not first:
+            drafts = self.limit > 0
+            feed = torch.where(drafts, self.last, PADDING)[:, None]
+            if bool((self.tail != PADDING).any()):
+                feed = torch.cat([torch.where(drafts, self.tail, PADDING)[:, None], feed], 1)
+            self.draft.extend(feed)
+        laws = []
+        for g in range(width):
+            logits_BV = self.law.fit(self.draft.logits_BV)
+            if self.law.by_position:
+                logits_BV = self.law.processed(logits_BV, lambda: self.draft.ids_BT, written + g)
+            if not self.law.greedy:
+                logits_BV = self.law.warped(logits_BV)
+                laws.append(logits_BV)
+            tokens = choose(self.draw, logits_BV, block_BK, self.draft_seeds[self.here], written + g)
+            block_BK[:, g + 1] = torch.where(self.limit > g, tokens, PADDING)
+            if g + 1 < width:
+                self.draft.extend(torch.where(self.limit > g + 1, tokens, PADDING)[:, None])
+        return block_BK, torch.stack(laws, 1) if laws else None
+
+    def _judge(self, block_BK: torch.Tensor, written: torch.Tensor, first: bool) -> torch.Tensor:
+        """One call of the target: its logits after each prefix of the block, [B, 1 + width, V]."""
+        if first:  # the caches hold the whole prompts, and the logits after them are known
+            before_BV = self.target.logits_BV
+            q_BKV = before_BV[:, None]
+            if block_BK.shape[1] > 1:
+                self.target.extend(block_BK[:, 1:])
+                q_BKV = torch.cat([q_BKV, self.target.logits_BKV], 1)
+        else:
+            self.target.extend(block_BK)
+            q_BKV = self.target.logits_BKV
+        q_BKV = self.law.fit(q_BKV)
+        if not self.law.by_position:
+            return q_BKV
+        whole_BT = self.target.ids_BT if self.law.reads_ids else block_BK
+        found = []
+        for k in range(q_BKV.shape[1]):
+            ids_BT = _without(whole_BT, (self.limit - k).clamp(min=0)) if self.law.reads_ids else whole_BT
+            found.append(self.law.processed(q_BKV[:, k], lambda ids_BT=ids_BT: ids_BT, written + k))  # type: ignore[misc]
+        return torch.stack(found, 1)
+
+    def _test(
+        self, block_BK: torch.Tensor, p_BGV: torch.Tensor | None, q_BKV: torch.Tensor, live_BG: torch.Tensor, written: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(q / p of the proposals, how many are kept, the token that follows them)."""
+        q_BKV = self.law.warped(q_BKV).softmax(-1)
+        width = live_BG.shape[1]
+        p_BGV = q_BKV[:, :0] if p_BGV is None else p_BGV.softmax(-1)
+        chance_BG = self.uniforms[self.here[:, None], written[:, None] + self.steps[:width]]
+        ratio_BG, kept, weights_BV = verdict(q_BKV, p_BGV, block_BK[:, 1:], chance_BG, live_BG)
+        token = choose(self.draw, weights_BV.log(), block_BK, self.residual_seeds[self.here], written + kept)
+        return ratio_BG, kept, token
+
+    def _count(self, width: int, live_BG: torch.Tensor, ratio_BG: torch.Tensor, kept: torch.Tensor) -> None:
+        """A row that has ended drafts nothing and is not counted."""
+        alive = self.alive.long()
+        chance_BG = torch.where(live_BG, ratio_BG.clamp(max=1.0), 0.0)
+        self.counts.calls[self.here] += alive
+        self.counts.expected[self.here] += (1.0 + chance_BG.cumprod(1).sum(1)) * alive
+        self.counts.tested[self.here] += kept + (kept < self.limit)
+        self.counts.drafted[self.here, :width] += live_BG.long()
+        self.counts.accepted[self.here, :width] += (self.steps[:width] < kept[:, None]).long()
+
+    def _write(self, block_BK: torch.Tensor, kept: torch.Tensor, token: torch.Tensor, written: torch.Tensor) -> None:
+        """Append what was kept and the next token, up to the first end token; note which rows are done."""
+        steps = self.steps[: block_BK.shape[1]]
+        new_BK = torch.cat([block_BK[:, 1:], block_BK[:, :1]], 1)  # the last column is the next token's or nobody's
+        new_BK = new_BK.scatter(1, kept[:, None], token[:, None])
+        real_BK = (steps <= kept[:, None]) & self.alive[:, None]
+        ends_BK = self.law.rules.ended(new_BK) & real_BK
+        real_BK &= ends_BK.cumsum(1) - ends_BK.long() == 0
+        self.answers[self.here[:, None], written[:, None] + steps] = torch.where(real_BK, new_BK, PADDING)
+        self.lengths[self.here] += real_BK.sum(1)
+        ended = ends_BK.any(1)
+        self.finished[self.here] |= ended
+        self.alive = self.alive & ~ended & (self.lengths[self.here] < self.room)
+
+
+def _best(logits_BKV: torch.Tensor) -> torch.Tensor:
+    """The best token after each prefix; InputError for NaN."""
+    most_BK, ids_BK = logits_BKV.max(-1)
+    if bool(most_BK.isnan().any()):
+        raise InputError(f"logits: row {int(most_BK.isnan().any(1).nonzero()[0])} has NaN, so no token can be chosen")
+    return ids_BK
+
+
+def _without(ids_BT: torch.Tensor, count_B: torch.Tensor) -> torch.Tensor:
+    """Right-aligned ids without the last count_B of each row, right-aligned again."""
+    from_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) - count_B[:, None]
+    moved_BT = ids_BT.gather(1, from_BT.clamp(min=0)).masked_fill(from_BT < 0, PADDING)
+    return moved_BT[:, int(count_B.min()) :]
+
+
+def _uniforms(seeds_B: torch.Tensor, count: int) -> torch.Tensor:
+    """Uniforms in [0, 1) float64 [B, count], one for each seed and position: 53 bits of Philox."""
+    from fairlead_kernels.ops.gumbel_sample.stream import seed_state
+
+    positions = torch.arange(count, device=seeds_B.device).expand(len(seeds_B), count)
+    high, low, *_ = seed_state(seeds_B[:, None].expand_as(positions), positions)
+    return ((high >> 5) * (1 << 26) + (low >> 6)).double() / (1 << 53)
+
+
+def _check_vocabularies(model: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any) -> None:
+    """InputError unless both models speak of the same tokens; a head may have rows that no token has."""
+    mine, theirs = models.logits_width(model), models.logits_width(draft)
+    padded = hasattr(tokenizer, "__len__") and len(tokenizer) <= min(mine, theirs)
+    if mine != theirs and not padded:
+        raise InputError(
+            f"draft: {_name(draft)} has a vocabulary of {theirs}, the target {_name(model)} one of {mine}; both need the same "
+            "tokenizer" + ("" if tokenizer is not None else " (give it, where only the padding of the heads differs)")
+        )
+    if draft_tokenizer is not None and hasattr(tokenizer, "get_vocab") and draft_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise InputError(f"draft: the tokenizer of {_name(draft)} has other tokens than that of the target {_name(model)}; both need the same")
+
+
+def _check_budget(request: Request) -> None:
+    """InputError for a prompt that the budget does not carry through both models."""
+    budget = request.meter.budget.model_tokens
+    for index, ids in zip(request.indices, request.encoded, strict=True):
+        if budget is not None and 2 * len(ids) > budget:
+            raise InputError(
+                f"prompt {index}: its {len(ids)} tokens, through target and draft, exceed the budget of {budget} model tokens; "
+                "raise the budget"
+            )
+
+
+def _name(model: Any) -> str:
+    return getattr(model.config, "_name_or_path", "") or type(model).__name__
+
+
+def _parameters(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _say_alone(model: Any) -> None:
+    name = type(model).__name__
+    if name not in _alone:
+        _alone.add(name)
+        log.warning("%s: its cache takes no holes, so speculative decoding answers one prompt at a time", name)
