@@ -144,13 +144,16 @@ def _solve(divergence: Callable[[Array], tuple[Array, ...]], kl: Array, most: Ar
             return np.where(value > 0, np.log(value), -np.inf) - target, np.exp(x) * slope / value
 
     low = high = np.where(wanted, np.log(np.sqrt(2 * np.minimum(kl, 1.0)) / spread), 0.0)
-    step = 1.0
-    while (high - np.log(1 / spread) < 700).all() and (wanted & (gap(high)[0] <= 0)).any():
-        high, step = np.where(gap(high)[0] <= 0, high + step, high), step * 1.5
-    unreachable = gap(high)[0] <= 0  # kl is kl_max but for rounding
-    step = 1.0
-    while (wanted & (gap(low)[0] > 0)).any():
-        low, step = np.where(gap(low)[0] > 0, low - step, low), step * 1.5
+    # From where the small-budget formula points, outwards until the root lies between; then Newton.
+    step, short = 1.0, wanted & (gap(high)[0] <= 0)
+    while short.any() and (high + np.log(spread) < 700).all():
+        high, step = np.where(short, high + step, high), step * 1.5
+        short = wanted & (gap(high)[0] <= 0)
+    unreachable = short  # kl is kl_max but for rounding
+    step, over = 1.0, wanted & (gap(low)[0] > 0)
+    while over.any():
+        low, step = np.where(over, low - step, low), step * 1.5
+        over = wanted & (gap(low)[0] > 0)
     x = (low + high) / 2
     for _ in range(_STEPS):
         value, slope = gap(x)
