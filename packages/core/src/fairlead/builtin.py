@@ -39,7 +39,7 @@ def fairlead_rewards(register: Register) -> None:
     )  # fmt: skip
     register(
         "embedding-similarity", "fairlead.rewards.embedding:EmbeddingReward", paper="1908.10084",
-        summary="cosine of the response's sentence embedding with the prompt's or with reference texts'",
+        summary="cosine of the response's sentence embedding with that of the prompt or of reference texts",
         tags=(*_SCORES_TEXT, "goal.preferences.model_synthetic_feedback"),
     )  # fmt: skip
     register(
@@ -52,7 +52,7 @@ def fairlead_rewards(register: Register) -> None:
     register("cached", "fairlead.rewards.cached:CachedReward", summary="remembers the rewards of pairs it has seen", tags=programmed)
     register(
         "calibrated", "fairlead.rewards.calibrated:CalibratedReward", paper="2412.19792",
-        summary="quantile of a reward among reference responses to the same prompt", tags=programmed,
+        summary="quantile of a reward among reference responses to the same prompt, under a transform", tags=programmed,
     )  # fmt: skip
 
 

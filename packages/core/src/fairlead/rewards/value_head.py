@@ -128,7 +128,9 @@ class ValueHeadReward(Reward):
             width, name = _width(model), name_of(self._source)
             if width != self.head.weight.shape[1]:
                 raise InputError(f"value head: has width {self.head.weight.shape[1]}, the hidden states of {name} have {width}")
-            if self.head.model not in ("", name, resolve(name) if isinstance(self._source, str) else name):
+            pair = not isinstance(self._source, (str, os.PathLike))
+            known = {"", name} if pair else {"", name, resolve(name)}
+            if self.head.model not in known and not (pair and ":" in self.head.model):  # a pair does not know its zoo: name
                 log.warning("value head: was fitted on %s, and is used on %s", self.head.model, name)
             self._ready = model, tokenizer
         return self._ready
