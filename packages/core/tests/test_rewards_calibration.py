@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,20 @@ class TestReward:
 
         with pytest.raises(InputError, match="number 1 is NaN"):
             CalibratedReward(reward=Broken(), table=TABLE)(["how are you"] * 2, ["a", "b"])
+
+    def test_a_table_of_ids_serves_where_there_is_no_text(self) -> None:
+        table = CalibrationTable.fit([torch.tensor([1, 2])], [[0.0, 1.0, 2.0]])
+        reward = CalibratedReward(reward=lambda p, r: [float(len(x)) for x in r], table=table)
+        assert reward.accepts_ids
+        assert reward([torch.tensor([1, 2])] * 2, [torch.tensor([7]), torch.tensor([7, 8])]).tolist() == pytest.approx([0.5, 5 / 6])
+        assert not CalibratedReward(reward=number, references={"": ["1"]}).accepts_ids  # references are texts
+        assert not CalibratedReward(reward="length", table=TABLE).accepts_ids
+
+    @pytest.mark.parametrize("transform", ["identity", "log", "exp:10", "power:2"])
+    def test_it_goes_to_another_process_as_it_is(self, transform: str) -> None:
+        reward = CalibratedReward(reward="length", references={"": ["a", "b c"]}, transform=as_transform(transform))
+        copied = pickle.loads(pickle.dumps(reward))
+        assert torch.equal(copied(["q"] * 2, ["a", "b c"]), reward(["q"] * 2, ["a", "b c"]))
 
     @pytest.mark.parametrize("settings_", [{"table": TABLE, "references": {"a": ["b"]}}, {"table": 3}, {"table": ""}])
     def test_bad_sources_are_one_line(self, settings_: dict[str, Any]) -> None:

@@ -74,6 +74,7 @@ class CalibratedReward(Reward):
         if given is None:
             given = CalibrationTable.fit([], [])
         self.table: CalibrationTable = given if isinstance(given, CalibrationTable) else CalibrationTable.load(given)
+        self.accepts_ids = self.config.table is not None and self.config.reward.accepts_ids
         self._transform = as_transform(self.config.transform)
         self._smoothed = bool(getattr(self._transform, "smoothed", False))
         self.bounds = (0.0, 1.0) if getattr(self._transform, "normalised", False) else None

@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -230,7 +231,7 @@ class Transform:
     @classmethod
     def identity(cls) -> Transform:
         """C itself: optimal for the win rate of a single sample."""
-        return cls("identity", lambda c: c, normalised=True)
+        return cls("identity", _identity, normalised=True)
 
     @classmethod
     def log(cls) -> Transform:
@@ -243,14 +244,14 @@ class Transform:
         for best-of-n (t > 0) and worst-of-n (t < 0). Its beta is that of sign(t) e^(t C) divided by |e^t - 1|."""
         if not math.isfinite(t):
             raise InputError(f"t: must be a finite number, got {t}")
-        return cls(f"exp:{t:g}", lambda c: _exp(float(t), c), normalised=True)
+        return cls(f"exp:{t:g}", partial(_exp, float(t)), normalised=True)
 
     @classmethod
     def power(cls, n: float) -> Transform:
         """C^n, n > 0."""
         if not 0 < n < math.inf:
             raise InputError(f"n: must be a number above 0, got {n}")
-        return cls(f"power:{n:g}", lambda c: c**n, normalised=True)
+        return cls(f"power:{n:g}", partial(_power, float(n)), normalised=True)
 
 
 def as_transform(value: Any) -> Any:
@@ -268,6 +269,14 @@ def as_transform(value: Any) -> Any:
         except ValueError as error:
             raise InputError(f"transform {value!r}: {error}") from None
     raise UnknownNameError("transform", str(value), [*plain, "exp:10", "exp:-10", "power:4"])
+
+
+def _identity(c: Array) -> Array:
+    return c
+
+
+def _power(n: float, c: Array) -> Array:
+    return np.asarray(c**n)
 
 
 def _log(c: Array) -> Array:
