@@ -16,28 +16,15 @@ from fairlead.errors import InputError
 from fairlead.keys import SecretKey
 from fairlead.kinds import Detection, TokenSampler, Watermark
 from fairlead.registry import Method
+from fairlead.testing import save_tiny_model
 
-WORDS = [f"w{i}" for i in range(60)]
-SPECIAL = ["<pad>", "<eos>", "<unk>"]
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of 63 tokens whose logits are 64 wide, and a word tokenizer, saved as a user would have them."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        initializer_range=0.2, pad_token_id=0, eos_token_id=1, bos_token_id=None, max_position_embeddings=256,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(SPECIAL + WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
+    save_tiny_model(folder)
     return folder
 
 

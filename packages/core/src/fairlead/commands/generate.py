@@ -1,4 +1,4 @@
-"""`fairlead generate`: answers to a file of prompts, plain or marked; batched, streaming, resumable."""
+"""`fairlead generate`: answers to a file of prompts, plain, marked or by any decoder; batched, streaming, resumable."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InputError
+from ..kinds.decoder import DecodingError
 from .marks import bad_lines_option, build, load_profile, profile_path, report_skipped, save_profile, watermark_options
 
 if TYPE_CHECKING:
@@ -23,8 +24,12 @@ if TYPE_CHECKING:
 @click.option("--model", required=True, help="Folder, hub id or zoo:NAME of a causal language model.")
 @click.option("--out", default="-", show_default=True, help="Output .jsonl or .parquet file; - is stdout.")
 @watermark_options
-@click.option("--reward", default=None, help="Registered reward that chooses among --best-of candidates.")
-@click.option("--best-of", default=4, show_default=True, help="Candidates per prompt for --reward.")
+@click.option("--decoder", default=None, help="Registered decoder, such as best-of-n ('fairlead methods --kind decoder').")
+@click.option("--decoder-set", "decoder_settings", multiple=True, metavar="NAME=VALUE", help="A setting of the decoder; may be repeated.")
+@click.option("--reward", default=None, help="Registered reward for the decoder; without one, the best of --best-of candidates.")
+@click.option("--reward-set", "reward_settings", multiple=True, metavar="NAME=VALUE", help="A setting of the reward; may be repeated.")
+@click.option("--best-of", default=4, show_default=True, help="Candidates per prompt for --reward without --decoder.")
+@click.option("--budget", "limits", multiple=True, metavar="NAME=VALUE", help="Limit per prompt: model_tokens, reward_calls or seconds; may be repeated.")
 @click.option("--field", default=None, help="Column of the prompts (default: prompt, then messages, then text).")
 @click.option("--chat/--no-chat", default=None, help="Wrap string prompts as a user's turn (default: where the model has a chat template).")
 @click.option("-n", "n", default=1, show_default=True, help="Answers per prompt.")
@@ -40,8 +45,9 @@ if TYPE_CHECKING:
 @click.option("--force", is_flag=True, help="Replace an existing output file.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON summary.")
 def generate(
-    prompts: str, model: str, out: str, name: str | None, settings: tuple[str, ...], key_file: Path | None, reward: str | None,
-    best_of: int, field: str | None, chat: bool | None, n: int, max_new_tokens: int, temperature: float, top_k: int | None,
+    prompts: str, model: str, out: str, name: str | None, settings: tuple[str, ...], key_file: Path | None, decoder: str | None,
+    decoder_settings: tuple[str, ...], reward: str | None, reward_settings: tuple[str, ...], best_of: int, limits: tuple[str, ...],
+    field: str | None, chat: bool | None, n: int, max_new_tokens: int, temperature: float, top_k: int | None,
     top_p: float | None, min_p: float | None, seed: int, batch_size: int, bad_lines: str, resume: bool, force: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
@@ -52,6 +58,8 @@ def generate(
     output as FILE.profile.json; the key is not.
     """
     from .. import records, registry
+    from ..cli import parse_settings
+    from ..decoding import Budget
     from ..generation import generate as run
     from ..models import load, logits_width, resolve
     from ..progress import bar
@@ -62,7 +70,15 @@ def generate(
         raise InputError("--set and --key-file belong to a watermark; name it with --watermark")
     if reward is not None and n != 1:
         raise InputError(f"--reward: returns the one best answer of --best-of {best_of}; leave -n {n} out")
-    judge = None if reward is None else registry.create("reward", reward)
+    if decoder is None and (decoder_settings or limits):
+        raise InputError("--decoder-set and --budget belong to a decoder; name it with --decoder")
+    if decoder is not None and n != 1:
+        raise InputError(f"--decoder: returns one answer per prompt; leave -n {n} out")
+    if reward is None and reward_settings:
+        raise InputError("--reward-set belongs to a reward; name it with --reward")
+    judge = None if reward is None else registry.create("reward", reward, **parse_settings(reward_settings))
+    policy = None if decoder is None else registry.create("decoder", decoder, **parse_settings(decoder_settings))
+    budget = Budget.of(parse_settings(limits))
     if name is not None:
         registry.get("watermark", name)
     skipped = records.Skipped()
@@ -73,9 +89,14 @@ def generate(
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     if mark is not None:
         mark.sampler(**options)  # says now what it would say at the first token
-    draws = n if judge is None else best_of
-    told = {"model": model, "n": n, "max_new_tokens": max_new_tokens, **options, "seed": seed, "field": field, "chat": chat}
-    told |= {} if judge is None else {"reward": reward, "best_of": best_of}
+    if policy is not None:
+        policy.prepare(loaded, tokenizer, judge)  # what it misses should be said before a file is made
+    draws = policy.rows_per_prompt if policy is not None else n if judge is None else best_of
+    told: dict[str, Any] = {"model": model, "n": n, "max_new_tokens": max_new_tokens, **options, "seed": seed, "field": field, "chat": chat}
+    if policy is not None:
+        told |= {"decoder": decoder, "decoder_settings": list(decoder_settings), "budget": vars(budget)}
+    if judge is not None:
+        told |= {"reward": reward, "reward_settings": list(reward_settings)} | ({} if policy is not None else {"best_of": best_of})
     per_batch = max(1, batch_size // draws)
     wraps = bool(tokenizer.chat_template) if chat is None else chat
     asked: Iterator[tuple[Row, Any]] = _asked(chain([] if first is None else [first], rows), field, wraps, _limit(loaded, tokenizer, max_new_tokens), skipped, bad_lines)
@@ -88,12 +109,21 @@ def generate(
         _skip_done(asked, start, writer.last, field, out)
         index = start
         for batch in records.batches(asked, per_batch):
-            made = run(
-                loaded, tokenizer, [prompt for _, prompt in batch], watermark=mark, n=draws, max_new_tokens=max_new_tokens,
-                seed=seed, first_index=index, batch_size=batch_size, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-            )  # fmt: skip
-            if judge is not None:
-                made = _best(judge, batch, made)
+            texts = [prompt for _, prompt in batch]
+            common: dict[str, Any] = {"watermark": mark, "max_new_tokens": max_new_tokens, "seed": seed, "first_index": index, "batch_size": batch_size, **options}
+            if policy is not None:
+                try:
+                    made = [[g] for g in policy.generate(loaded, tokenizer, texts, reward=judge, budget=budget, **common).generations]
+                except DecodingError as error:
+                    for number, (row, _) in enumerate(batch, start=index):  # what is done before the one that failed is kept
+                        if number not in error.finished:
+                            break
+                        writer.write(_row(row, field, error.finished[number]))
+                    raise
+            else:
+                made = run(loaded, tokenizer, texts, n=draws, **common)
+                if judge is not None:
+                    made = _best(judge, batch, made)
             for (row, _), group in zip(batch, made, strict=True):
                 for answer in group:
                     writer.write(_row(row, field, answer))

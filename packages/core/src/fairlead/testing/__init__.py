@@ -15,14 +15,15 @@ from typing import Any
 from ..errors import MissingDependencyError
 
 _CONTRACTS = ("watermark_contract", "reward_contract", "guard_contract", "decoder_contract", "recipe_contract", "registered_contract")
-__all__ = [*_CONTRACTS, "tiny_model"]
+_TINY = ("tiny_model", "save_tiny_model")
+__all__ = [*_CONTRACTS, *_TINY]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "tiny_model":
-        return importlib.import_module("fairlead.testing.tiny").tiny_model
+    if name in _TINY:
+        return getattr(importlib.import_module("fairlead.testing.tiny"), name)
     try:
         return getattr(importlib.import_module("fairlead.testing.contracts"), name)
     except ModuleNotFoundError as error:
