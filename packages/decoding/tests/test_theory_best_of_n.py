@@ -11,6 +11,8 @@ from scipy.stats import chisquare
 from fairlead.errors import InputError
 from fairlead_decoding import theory
 
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # log-space code must not lean on silent NaN
+
 P, R = np.array([0.4, 0.3, 0.2, 0.1]), np.array([0.0, 1.0, 2.0, 3.0])
 LOG_P = np.log(P)
 TIES = np.array([0.0, 1.0, 1.0, 1.0])
@@ -119,6 +121,29 @@ def test_tiny_probabilities_and_huge_n_lose_nothing() -> None:
     assert theory.bon_log_pmf(deep, [0.0, 1.0], 4)[1] == pytest.approx(-800 + np.log(4), abs=1e-9)
     for n in (1e6, 1e9, 1e15):
         assert np.exp(theory.bon_log_pmf(LOG_P, R, n)).sum() == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_model_and_reward_obey_the_bounds(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(1, 30))
+    p = rng.dirichlet(np.full(count, 10.0 ** rng.uniform(-2, 1)))
+    p[rng.random(count) < 0.2] = 0
+    p = p / p.sum() if p.sum() > 0 else np.full(count, 1 / count)
+    r = rng.integers(0, 8, count) / 3 if seed % 2 else rng.normal(size=count)
+    n = float(rng.choice([1.0, 1.7, 2.0, 16.0, 1000.0]))
+    with np.errstate(divide="ignore"):
+        log_p = np.log(p)
+    pi, kl = np.exp(theory.bon_log_pmf(log_p, r, n)), float(theory.bon_kl_exact(log_p, r, n))
+    assert pi.sum() == pytest.approx(1, abs=1e-12) and (pi[p == 0] == 0).all()
+    upto, below = ((r[:, None] >= r) @ p).clip(0, 1), ((r[:, None] > r) @ p).clip(0, 1)
+    drawn = p > 0
+    naive = p[drawn] / ((r[:, None] == r) @ p)[drawn] * (upto**n - below**n)[drawn]
+    assert pi[drawn] == pytest.approx(naive, rel=1e-6, abs=1e-12)
+    assert kl <= min(theory.bon_kl_bound(n), float(theory.kl_max(log_p, r))) + 1e-12
+    assert float(theory.bon_win_rate(log_p, r, n)) <= n / (n + 1) + 1e-12
+    alpha = theory.solve_alpha(log_p, r, kl)
+    assert float(theory.bon_expected_reward(log_p, r, n)) <= float(theory.expected(theory.tilt(log_p, r, alpha), r)) + 1e-9
 
 
 def test_the_estimate_at_its_ends() -> None:

@@ -14,6 +14,8 @@ from fairlead_decoding.theory.inference_aware import quantile_win_rate
 from fairlead_decoding.theory.quadrature import rule
 from fairlead_decoding.theory.transforms import gradient
 
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # log-space code must not lean on silent NaN
+
 P, R = np.array([0.4, 0.3, 0.2, 0.1]), np.array([-3.0, 0.0, 10.0, 11.0])
 LOG_P = np.log(P)
 TABLE = [
@@ -255,6 +257,7 @@ def test_procedures_choose_among_sampled_answers() -> None:
         (lambda: Transform.exp(0.0, normalised=False), "other than 0"),
         (lambda: Transform.optimal("best-of-n", 4, kl=0.0), "above 0 nats"),
         (lambda: BestOfN(0.5), "at least 1"),
+        (lambda: Identity(4), "n is 1; got 4"),
         (lambda: BestOfN(2.5).weights(10), "whole number"),
         (lambda: BestOfN(2).density([2.0]), r"\[0, 1\]"),
         (lambda: theory.calibrate_from_samples([1.0], [1.0]), "at least 2"),

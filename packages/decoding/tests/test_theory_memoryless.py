@@ -11,6 +11,8 @@ from scipy.optimize import minimize_scalar
 from fairlead.errors import InputError
 from fairlead_decoding import theory
 
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # log-space code must not lean on silent NaN
+
 P, Q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.3, 0.5])
 
 

@@ -10,6 +10,8 @@ import pytest
 from fairlead_decoding import theory
 from fairlead_decoding.theory import plots
 
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # log-space code must not lean on silent NaN
+
 P, R = np.array([0.4, 0.3, 0.2, 0.1]), np.array([0.0, 1.0, 2.0, 3.0])
 LOG_P = np.log(P)
 

@@ -9,6 +9,8 @@ import torch
 from fairlead.errors import InputError
 from fairlead_decoding import theory
 
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # log-space code must not lean on silent NaN
+
 P, R = np.array([0.4, 0.3, 0.2, 0.1]), np.array([0.0, 1.0, 2.0, 3.0])
 LOG_P = np.log(P)
 

@@ -96,6 +96,13 @@ def expectation(log_p: Array, values: Array) -> Array:
     return np.asarray(np.where(p > 0, p * np.where(p > 0, values, 0.0), 0.0).sum(-1))
 
 
+def divergence(log_a: Array, log_b: Array) -> Array:
+    """sum a log(a / b) over the last axis; 0 log 0 is 0, and it is inf where a draws what b never does."""
+    with np.errstate(invalid="ignore"):
+        ratio = np.where(log_a > -np.inf, log_a - log_b, 0.0)
+    return np.asarray(np.maximum(expectation(log_a, ratio), 0.0))
+
+
 def _place(wrong: Array) -> str:
     """Where the first offending entry is: "3" or "(0, 3)"."""
     index = tuple(int(i) for i in np.argwhere(wrong)[0]) if wrong.ndim else ()

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from fairlead.errors import InputError
 from fairlead.stats import Interval, bootstrap
 
-from ._inputs import Array, as_finite, as_float64, as_n, as_problem, expectation
+from ._inputs import Array, as_finite, as_float64, as_n, as_problem, divergence, expectation
 from .ranks import calibrate, ranks
 
 
@@ -51,8 +51,7 @@ def log_any_of(log_e: ArrayLike, n: float) -> Array:
 def bon_kl_exact(log_p: ArrayLike, r: ArrayLike, n: float, worst: bool = False) -> Array:
     """KL(pi_n || p) in nats: float64 [] or [B]."""
     log_p, r = as_problem(log_p, r)
-    log_pi = bon_log_pmf(log_p, r, n, worst)
-    return np.asarray(np.maximum(expectation(log_pi, np.where(log_pi > -np.inf, log_pi - log_p, 0.0)), 0.0))
+    return divergence(bon_log_pmf(log_p, r, n, worst), log_p)
 
 
 def bon_kl_bound(n: ArrayLike, blocks: int = 1) -> Any:
@@ -112,7 +111,8 @@ def bon_expected_reward(log_p: ArrayLike, r: ArrayLike, n: float, worst: bool = 
 
 
 def n_for_kl(kl: ArrayLike) -> Any:
-    """The real n with log n - (n-1)/n = kl: what n a budget of kl nats buys. A float, or float64 of the shape of kl.
+    """The real n with log n - (n-1)/n = kl: what n a budget of kl nats buys. A float, or float64 of the shape of kl;
+    inf where n exceeds a float.
 
     Newton on x + exp(-x) - 1 = kl in x = log n, from above the root of a convex function: it converges monotonically,
     also at kl near 0, where the root is double. InputError for kl below 0.

@@ -58,6 +58,10 @@ class Identity(Procedure):
 
     name = "identity"
 
+    def __post_init__(self) -> None:
+        if self.n != 1:
+            raise InputError(f"n: identity serves one answer, so n is 1; got {self.n}")
+
     def density(self, u: ArrayLike) -> Array:
         return np.ones_like(_quantiles(u))
 

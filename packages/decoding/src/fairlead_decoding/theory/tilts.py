@@ -16,14 +16,14 @@ from numpy.typing import ArrayLike
 
 from fairlead.errors import InputError
 
-from ._inputs import Array, as_finite, as_float64, as_log_distribution, as_problem, expectation, logsumexp
+from ._inputs import Array, as_finite, as_float64, as_log_distribution, as_problem, divergence, expectation, logsumexp
 
 TOLERANCE = 1e-12
 _STEPS = 200
 
 
 def tilt(log_p: ArrayLike, r: ArrayLike, alpha: ArrayLike) -> Array:
-    """log phi_alpha, the distribution p exp(alpha r) / Z(alpha): float64 of the shape of log_p (eq. of Theorem 1).
+    """log phi_alpha, the distribution p exp(alpha r) / Z(alpha): float64 of the shape of log_p.
 
     log_p, r: float64 [M] or [B, M]. alpha: real, [B] for one per row; 0 gives p, below 0 the worst direction, inf p
     conditioned on its best outcomes, -inf on its worst.
@@ -77,9 +77,7 @@ def kl_divergence(log_a: ArrayLike, log_b: ArrayLike) -> Array:
     log_a, log_b = as_log_distribution(log_a, "log_a"), as_log_distribution(log_b, "log_b")
     if log_a.shape[-1] != log_b.shape[-1]:
         raise InputError(f"log_b: must be over the {log_a.shape[-1]} outcomes of log_a, got {log_b.shape[-1]}")
-    with np.errstate(invalid="ignore"):
-        difference = np.where(log_a > -np.inf, log_a - log_b, 0.0)
-    return np.asarray(np.maximum(expectation(log_a, difference), 0.0))
+    return divergence(log_a, log_b)
 
 
 def kl_max(log_p: ArrayLike, r: ArrayLike) -> Array:
@@ -123,13 +121,12 @@ def _divergence(log_p: Array, r: Array, alpha: Array) -> tuple[Array, Array]:
         x = alpha * centred
         # E_p x = 0, so for small x both terms of KL = alpha E_phi r - log Z are of second order, computed as such.
         small = np.log1p(expectation(log_p, np.expm1(np.clip(x, -1, 1)) - np.clip(x, -1, 1)))
-        ratio = np.where(log_phi > -np.inf, log_phi - log_p, 0.0)
-        kl = np.where(np.abs(x).max(-1) < 1e-2, alpha[:, 0] * mean - small, expectation(log_phi, ratio))
+        kl = np.where(np.abs(x).max(-1) < 1e-2, alpha[:, 0] * mean - small, divergence(log_phi, log_p))
     return kl, alpha[:, 0] * expectation(log_phi, (centred - mean[:, None]) ** 2)
 
 
-def _solve(divergence: Callable[[Array], tuple[Array, ...]], kl: Array, most: Array, r: Array) -> Array:
-    """Roots of divergence(alpha) = kl, one per entry: Newton on log KL against log alpha inside a bracket."""
+def _solve(spent: Callable[[Array], tuple[Array, ...]], kl: Array, most: Array, r: Array) -> Array:
+    """Roots of spent(alpha) = kl, one per entry: Newton on log KL against log alpha inside a bracket."""
     spread = max(float(np.ptp(r, axis=-1).max()), 1e-300)
     alpha = np.where(kl > 0, np.inf, 0.0)
     wanted = (kl > 0) & (kl < most)
@@ -139,7 +136,7 @@ def _solve(divergence: Callable[[Array], tuple[Array, ...]], kl: Array, most: Ar
 
     def gap(x: Array) -> tuple[Array, Array]:
         """log KL - log kl and its slope at log alpha = x."""
-        value, slope = divergence(np.exp(x))
+        value, slope = spent(np.exp(x))
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(value > 0, np.log(value), -np.inf) - target, np.exp(x) * slope / value
 
