@@ -19,7 +19,6 @@ from fairlead.registry import Method
 from fairlead.testing import save_tiny_model
 
 
-
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of 63 tokens whose logits are 64 wide, and a word tokenizer, saved as a user would have them."""

@@ -237,10 +237,11 @@ def run(
         return 0
     built = method.load()(**_merge(chosen, parse_settings(settings)))
     seed = 0 if seed is None else seed
-    return _execute(built, method, out or Path("runs") / f"{recipe}-seed{seed}", seed, resume, force, as_json)
+    return run_recipe(built, method, out or Path("runs") / f"{recipe}-seed{seed}", seed, resume, force, as_json)
 
 
-def _execute(built: Any, method: Any, out: Path, seed: int, resume: bool, force: bool, as_json: bool) -> int:
+def run_recipe(built: Any, method: Any, out: Path, seed: int, resume: bool, force: bool, as_json: bool) -> int:
+    """Run a recipe in a run directory, with a progress bar, and tell its checks; the exit code."""
     from .progress import run_progress
     from .runs import Run
 

@@ -63,7 +63,6 @@ def fairlead_rewriters(register: Register) -> None:
 
 @hookimpl
 def fairlead_recipes(register: Register) -> None:
-    """Recipes."""
     register(
         "guide-align", "fairlead_decoding.recipes.guide_align:GuideAlignRecipe", paper="2403.11838",
         summary="does a small retriever learn which rules an input needs, and do they reach the prompt?",
@@ -80,6 +79,11 @@ def fairlead_recipes(register: Register) -> None:
         tags=("stage.evaluation", "stage.decoding", "access.logprobs", "modality.text", "modality.reward", "paradigm.sft_rlhf_bridge"),
     )  # fmt: skip
     register(
+        "deal", "fairlead_decoding.recipes.deal:DeALRecipe", paper="2402.06147",
+        summary="search with a look-ahead for required words: against none, against re-ranking, and under two objectives",
+        tags=("stage.evaluation", "stage.decoding", "access.logprobs", "modality.text", "goal.preferences"),
+    )  # fmt: skip
+    register(
         "infalign", "fairlead_decoding.recipes.infalign:InfAlign", paper="2412.19792",
         summary="train on a transformed, calibrated reward for the way the model is served: best-of-n, or an attacker's worst-of-n",
         tags=("stage.evaluation", "stage.training", "stage.decoding", "access.gradients", "modality.text", "paradigm.rlhf", "risk.jailbreak"),
@@ -89,11 +93,18 @@ def fairlead_recipes(register: Register) -> None:
         summary="values of an aligned model against values of the model itself, exact trees and small models",
         tags=("stage.evaluation", "stage.decoding", "access.logprobs", "modality.text", "goal.preferences"),
     )  # fmt: skip
+    register(
+        "compare-decoders", "fairlead_decoding.recipes.compare_decoders:CompareDecoders", paper="2404.01730",
+        summary="the frontier of decoders: reward against divergence, and what each of them costs",
+        tags=("stage.evaluation", "stage.decoding", "access.logprobs", "modality.text", "goal.preferences"),
+    )  # fmt: skip
 
 
 @hookimpl
 def fairlead_commands(cli: click.Group) -> None:
     """Commands."""
+    from .commands import compare_decoders
     from .serving.command import serve
 
     cli.add_command(serve)
+    cli.add_command(compare_decoders)

@@ -8,7 +8,7 @@ a baseline model is trained towards the exact tilt, and the registered decoders 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -155,7 +155,7 @@ def measure_model(c: TransferQStarRecipeConfig, seed: int, vocab: int = 5, lengt
     prompts = [torch.randint(0, vocab, (3,), generator=noise) for _ in range(c.prompts)]
     answers = all_answers(vocab, length)
     distinct = list({tuple(p.tolist()): p for p in prompts}.values())
-    aligned = align(sft, reward, distinct, answers, c, seed)
+    aligned = align(sft, reward, distinct, answers, c.beta, c.steps, seed)
     row: dict[str, Any] = {"seed": seed}
     laws = [(answer_logprobs(sft, p, answers).numpy(), reward.exact(p, answers).numpy()) for p in distinct]
     row["expected sft"] = float(np.mean([np.exp(lp) @ r for lp, r in laws]))
@@ -180,18 +180,26 @@ def measure_model(c: TransferQStarRecipeConfig, seed: int, vocab: int = 5, lengt
     return row
 
 
-def align(sft: Any, reward: PairReward, prompts: list[torch.Tensor], answers: torch.Tensor, c: TransferQStarRecipeConfig, seed: int) -> Any:
+class Exact(Protocol):
+    """A reward that is exact for many answers to one prompt."""
+
+    def exact(self, prompt: torch.Tensor, answers_ML: torch.Tensor) -> torch.Tensor:
+        """float64 [M]."""
+        ...
+
+
+def align(sft: Any, reward: Exact, prompts: list[torch.Tensor], answers: torch.Tensor, beta: float, steps: int, seed: int) -> Any:
     """A copy of the model trained by cross-entropy towards the exact tilt at beta: `steps` Adam steps of four prompts."""
     import copy
 
     model = copy.deepcopy(sft)
     targets = [
-        (torch.from_numpy(np.asarray(theory.tilt(answer_logprobs(sft, p, answers).numpy(), reward.exact(p, answers).numpy(), 1 / c.beta)))).exp()
+        (torch.from_numpy(np.asarray(theory.tilt(answer_logprobs(sft, p, answers).numpy(), reward.exact(p, answers).numpy(), 1 / beta)))).exp()
         for p in prompts
     ]
     optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
     order = torch.Generator().manual_seed(seed + 2)
-    for _ in range(c.steps):
+    for _ in range(steps):
         loss = torch.zeros((), dtype=torch.float64)
         for i in torch.randperm(len(prompts), generator=order)[:4].tolist():
             loss = loss - (targets[i] * trainable_answer_logprobs(model, prompts[i], answers)).sum() / 4
