@@ -23,11 +23,16 @@ from fairlead_decoding.guide_align import (
     judge_both_orders,
     rules_block,
 )
+from fairlead_decoding.guideline_writing import parse_guidelines
 from fairlead_decoding.guidelines import Guideline, GuidelineLibrary
+from fairlead_decoding.recipes.english_rules import QUESTIONS, RULES
 from fairlead_decoding.recipes.guide_align import (
+    TFIDF,
     GuideAlignRecipeConfig,
     build_library,
     coverage_with_copies,
+    english,
+    english_library,
     train_encoder,
 )
 from fairlead_decoding.recipes.guideline_world import GuidelineWorld, near_copy
@@ -231,6 +236,22 @@ def test_either_guard_keeps_near_copies_from_filling_the_prompt(world: Any) -> N
     for key, wanted in {"0 - -": 6, "6 - -": 1, "6 dedup -": 6, "6 - filter": 6, "6 dedup filter": 6, "16 - -": 1, "16 dedup -": 6}.items():
         assert set(found[key]) == {wanted}, key
     assert max(found["16 - filter"]) < 6
+
+
+def test_the_rules_in_english_are_distinct_and_every_question_has_some() -> None:
+    found = english_library()
+    assert len(found) == sum(map(len, RULES.values())) == 32
+    assert all(g.title and g.text and parse_guidelines(g.line) == [(g.title, g.text)] for g in found)
+    assert QUESTIONS.keys() == RULES.keys()
+
+
+@pytest.mark.real_models
+def test_a_sentence_encoder_finds_more_rules_in_english_than_shared_words_do() -> None:
+    try:
+        result = english("zoo:minilm-l6-v2")
+    except FairleadError as error:
+        pytest.skip(str(error))
+    assert sum(result["first"]["sentence encoder"]) > 1.5 * sum(result["first"][TFIDF])
 
 
 def test_near_copies_differ_as_texts_and_not_as_words(world: Any) -> None:
