@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 NOT_SERVED = "not served: only the value that asks for nothing is accepted"
+# One fault of a list is enough: a list of a hundred thousand bad items must not become as many errors.
 Text = Annotated[str, Field(min_length=1)]
-Ids = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1)]
+Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
+Ids = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1, fail_fast=True)]
+IdLists = Annotated[list[Ids], Field(min_length=1, fail_fast=True)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 _FORMS = {
     "prompt": "a string, a list of strings, a list of token ids or a list of such lists, none of them empty",
@@ -26,6 +29,13 @@ class Strict(BaseModel):
     """No unknown fields, no conversions."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > 64:
+            raise ValueError("more than 64 fields in one object")
+        return value
 
 
 class StreamOptions(Strict):
@@ -45,13 +55,13 @@ class Asked(Strict):
     min_p: float | None = Field(None, ge=0, le=1, description="an extension: leave out tokens below this share of the likeliest")
     n: int | None = Field(None, ge=1, description="answers to each prompt; default 1")
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="the same seed gives the same answer")
-    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = Field(None, description="text before which the answer ends")
+    stop: StopText | Annotated[list[StopText], Field(max_length=4, fail_fast=True)] | None = Field(None, description="text before which the answer ends")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=512, description="taken and not looked at")
     presence_penalty: float | None = Field(None, ge=0, le=0, description=NOT_SERVED)
     frequency_penalty: float | None = Field(None, ge=0, le=0, description=NOT_SERVED)
-    logit_bias: dict[str, float] | None = Field(None, max_length=0, description=NOT_SERVED)
+    logit_bias: dict[str, Any] | None = Field(None, max_length=0, description=NOT_SERVED)
 
     @property
     def stops(self) -> Sequence[str]:
@@ -61,7 +71,7 @@ class Asked(Strict):
 class CompletionRequest(Asked):
     """Body of /v1/completions."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1)] | Ids | Annotated[list[Ids], Field(min_length=1)]
+    prompt: Text | Texts | Ids | IdLists
     logprobs: None = Field(None, description=NOT_SERVED)
     echo: Literal[False] | None = Field(None, description=NOT_SERVED)
     best_of: Literal[1] | None = Field(None, description=NOT_SERVED)
@@ -79,7 +89,7 @@ class Message(Strict):
     """One turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
 
     @property
     def plain(self) -> dict[str, str]:
@@ -97,7 +107,7 @@ class TextFormat(Strict):
 class ChatRequest(Asked):
     """Body of /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1, max_length=4096)
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
     max_completion_tokens: int | None = Field(None, ge=1, description="tokens of an answer at most; the newer name of max_tokens")
     logprobs: Literal[False] | None = Field(None, description=NOT_SERVED)
     top_logprobs: None = Field(None, description=NOT_SERVED)
@@ -210,8 +220,10 @@ def describe(faults: Sequence[Any]) -> tuple[str, str | None]:
     """(one line, the field) of a body's first fault, as pydantic tells it; what was sent is not repeated."""
     fault = faults[0]
     where = [str(part) for part in fault["loc"] if part != "body"]
-    if fault["type"] == "json_invalid" or not where:
+    if fault["type"] == "json_invalid" or (not where and fault["type"] != "value_error"):
         return "the body must be a JSON object", None
+    if not where:
+        return fault["msg"].removeprefix("Value error, "), None
     field = _shown(where[0])
     if fault["type"] == "extra_forbidden":
         path = ".".join(_shown(part) for part in where)

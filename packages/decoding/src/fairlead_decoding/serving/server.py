@@ -2,7 +2,7 @@
 
 A connection that does not send its header lines, or does not read its answer, is closed after `Limits.header_seconds` and
 `write_seconds`. The first SIGINT or SIGTERM closes the queue, and the server leaves when it is idle or its grace is over; the
-second makes it leave at once.
+second makes it leave at once, and what runs gets a 503.
 """
 
 from __future__ import annotations
@@ -88,11 +88,13 @@ class GracefulServer(uvicorn.Server):
         self._leaves_at: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._leaves_at is not None:
+        if self._leaves_at is None:
+            self._leaves_at = time.monotonic() + self.grace
+            self.service.worker.close()
+        elif self._leaves_at > 0:
+            self._leaves_at = 0.0
+        else:
             super().handle_exit(sig, frame)
-            return
-        self._leaves_at = time.monotonic() + self.grace
-        self.service.worker.close()
 
     async def on_tick(self, counter: int) -> bool:
         if self._leaves_at is not None and ((self.service.worker.idle and not self.service.open) or time.monotonic() > self._leaves_at):

@@ -79,7 +79,8 @@ class Service:
         n = asked.n or 1
         prompts = [[m.plain for m in asked.messages]] if isinstance(asked, ChatRequest) else _prompts(asked)
         if n * len(prompts) > self.limits.choices:
-            raise BadRequest(f"n: {n} answers to {len(prompts)} prompts are more than the {self.limits.choices} of a request here", "n")
+            param = "prompt" if n == 1 else "n"
+            raise BadRequest(f"{param}: {len(prompts)} prompts times {n} answers are more than the {self.limits.choices} of a request here", param)
         sampling = self._sampling(asked)
         param = "messages" if isinstance(asked, ChatRequest) else "prompt"
         encoded = self._encode(prompts, param)
