@@ -79,8 +79,8 @@ class GuideAlign(Rewriter):
         return found
 
     def __call__(self, prompts: Sequence[str], *, seed: int = 0) -> list[Rewrite]:
-        """The block of guidelines, an empty line, the prompt. provenance: {"rewriter", "encoder", "guidelines": ids,
-        "scores"}. Deterministic: the seed changes nothing."""
+        """The block of guidelines, an empty line, the prompt. provenance: {"rewriter", "encoder", "guidelines": ids}.
+        Deterministic: the seed changes nothing."""
         return [
             Rewrite(guided_prompt(prompt, [g for g, _ in rules], self.config.heading), prompt, self._provenance(rules))
             for prompt, rules in zip(prompts, self.retrieve(prompts), strict=True)
@@ -117,10 +117,8 @@ class GuideAlign(Rewriter):
         ]
 
     def _provenance(self, rules: Sequence[tuple[Guideline, float]]) -> dict[str, Any]:
-        return {
-            "rewriter": self.name, "encoder": self._encoder_name, "guidelines": [g.id for g, _ in rules],
-            "scores": [round(score, 6) for _, score in rules],
-        }  # fmt: skip
+        # No scores: their last digits depend on what else an encoder had in its batch. `retrieve` gives them.
+        return {"rewriter": self.name, "encoder": self._encoder_name, "guidelines": [g.id for g, _ in rules]}
 
 
 def _as_encoder(value: Any) -> DualEncoder:
