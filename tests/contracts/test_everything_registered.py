@@ -16,7 +16,14 @@ from fairlead.testing import (
     recipe_contract,
     registered_contract,
     reward_contract,
+    rewriter_contract,
+    tiny_model,
     watermark_contract,
+)
+from fairlead_decoding.guidelines import Guideline, GuidelineLibrary
+
+RULES = GuidelineLibrary(
+    [Guideline(f"r{i}", "", text) for i, text in enumerate(("Be brief.", "Ask a doctor.", "Name the law."))]
 )
 
 NEEDED: dict[tuple[str, str], dict[str, Any]] = {
@@ -27,6 +34,11 @@ NEEDED: dict[tuple[str, str], dict[str, Any]] = {
         "reward": lambda prompts, responses: [float(len(r)) for r in responses],
         "n": 2,
     },
+    ("decoder", "genarm"): {"reward_model": tiny_model(), "reference": tiny_model()},  # a ratio of 1: plain generation
+    ("decoder", "speculative"): {"draft": tiny_model(seed=5)},
+    ("decoder", "rejection"): {"threshold": 0.3, "n": 6},
+    ("rewriter", "p-aligner"): {"model": "zoo:sft", "max_new_tokens": 16},
+    ("rewriter", "guide-align"): {"library": RULES, "encoder": "zoo:sft", "k": 2, "n_docs": 3},
     ("reward", "callable"): {"function": lambda prompts, responses: [float(len(r)) for r in responses]},
     ("reward", "keyword"): {"weights": {"thanks": 1.0}},
     ("reward", "weighted"): {"rewards": ["length", "regex"], "weights": [0.5, 2.0]},
@@ -73,6 +85,7 @@ def cases() -> list[Any]:
     contracts += [(f"reward-{n}", reward_contract(make("reward", n), **PAIRS.get(n, {}))) for n in names("reward")]
     contracts += [(f"guard-{n}", guard_contract(make("guard", n), **PAIRS.get(n, {}))) for n in names("guard")]
     contracts += [(f"decoder-{n}", decoder_contract(make("decoder", n))) for n in names("decoder")]
+    contracts += [(f"rewriter-{n}", rewriter_contract(make("rewriter", n))) for n in names("rewriter")]
     contracts += [(f"recipe-{n}", recipe_contract(n)) for n in names("recipe")]
     return [
         pytest.param(contract, check, id=f"{name}-{check}")
@@ -87,4 +100,4 @@ def test_contract(contract: type, check: str) -> None:
 
 
 def test_every_kind_that_has_methods_has_a_contract() -> None:
-    assert {m.kind for m in registry.methods()} <= {"watermark", "reward", "guard", "recipe", "decoder"}
+    assert {m.kind for m in registry.methods()} <= {"watermark", "reward", "guard", "recipe", "decoder", "rewriter"}

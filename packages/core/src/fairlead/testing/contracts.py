@@ -312,7 +312,12 @@ def decoder_contract(make: Callable[[], Any], *, room: int = 12) -> type:
         def test_the_budget_is_kept(self) -> None:
             prompts = list(_random_ids(3, 6))
             for budget in ({"model_tokens": 15}, {"model_tokens": 60}, {"reward_calls": 3}):
-                cost = self.run(prompts, budget=budget).cost
+                try:
+                    cost = self.run(prompts, budget=budget).cost
+                except DecodingError as error:  # a decoder of several models may not even read the prompt for so little
+                    assert "budget" in str(error)
+                    assert budget == {"model_tokens": 15}
+                    continue
                 assert cost.model_tokens <= budget.get("model_tokens", cost.model_tokens) * 3
                 assert cost.reward_calls <= budget.get("reward_calls", cost.reward_calls) * 3
 
@@ -362,6 +367,34 @@ def decoder_contract(make: Callable[[], Any], *, room: int = 12) -> type:
             assert self.decode([]) == []
 
     return DecoderContract
+
+
+def rewriter_contract(make: Callable[[], Any], prompts: Sequence[str] = ("how are you", "what is this")) -> type:
+    """Tests of kind Rewriter around `make()`."""
+
+    @pytest.mark.fairlead_contract
+    class RewriterContract:
+        def test_one_rewrite_per_prompt_in_order_and_none_is_empty(self) -> None:
+            made = make()(list(prompts))
+            assert [r.original for r in made] == list(prompts)
+            for rewrite in made:
+                assert rewrite.prompt.strip()
+                json.dumps(rewrite.provenance)
+
+        def test_a_rewrite_depends_on_the_prompt_and_the_seed_alone(self) -> None:
+            rewriter = make()
+            whole = [r.prompt for r in rewriter(list(prompts), seed=3)]
+            assert [r.prompt for r in rewriter(list(prompts), seed=3)] == whole
+            assert [rewriter([p], seed=3)[0].prompt for p in prompts] == whole
+
+        def test_no_prompts_give_no_rewrites(self) -> None:
+            assert make()([]) == []
+
+        def test_a_prompt_that_is_no_text_is_refused(self) -> None:
+            with pytest.raises(FairleadError):
+                make()([7])
+
+    return RewriterContract
 
 
 def recipe_contract(name: str) -> type:
