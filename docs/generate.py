@@ -27,6 +27,17 @@ PAGES = {
     "refusal-phrases": "rewards",
     "world": "zoo",
     "world-model": "zoo",
+    "worst-of-n": "best-of-n",
+    "soft-best-of-n": "best-of-n",
+    "rejection": "best-of-n",
+    "blockwise": "best-of-n",
+    "transfer-q-star": "token-search",
+    "controlled-decoding": "token-search",
+    "args": "token-search",
+    "genarm": "token-search",
+    "draft-alignment": "speculative",
+    "keyword-coverage": "deal",
+    "length-limit": "deal",
 }
 
 

@@ -66,9 +66,7 @@ def test_every_page_of_a_scheme_has_its_equation() -> None:
 
 
 def test_every_watermark_and_decoder_stands_in_a_recipe() -> None:
-    source = "".join(
-        p.read_text(encoding="utf-8") for p in (ROOT / "packages/watermark/src/fairlead_watermark/recipes").glob("*.py")
-    )
+    source = "".join(p.read_text(encoding="utf-8") for p in ROOT.glob("packages/*/src/*/recipes/*.py"))
     for method in generator().ours():
         if method.kind in ("watermark", "decoder"):
             built_by_name = f'"{method.name}"' in source

@@ -163,7 +163,7 @@ def _is_linear(model: Any, head: Head) -> bool:
         return False
     finally:
         model.train(training)
-    if hidden.shape[-1] != weight_VD.shape[1]:
+    if hidden.shape[-1] != weight_VD.shape[1] or not bool(logits.isfinite().all()):
         return False
     mine = torch.nn.functional.linear(hidden.to(weight_VD.dtype), weight_VD, bias_V).float()
     tolerance = 1e-4 if logits.dtype == weight_VD.dtype else 2e-2

@@ -1,8 +1,8 @@
 """Soft best-of-n: draw n answers, return answer j with probability softmax(r / alpha)_j.
 
 As n grows this is the tilted distribution p exp(r / alpha) / Z, the optimum of E r - alpha KL; at alpha -> 0 it is
-best-of-n, at alpha -> inf the model. Its density to the model is at most n exp(r / alpha) / sum_j exp(r_j / alpha) <= n, so
-KL <= ln n; the estimate told here, ln n + sum_j w_j ln w_j averaged over prompts, is that of choosing among the n draws.
+best-of-n, at alpha -> inf the model. The answer and a plain draw are one choice among the same n draws, so by convexity the
+KL to the model is at most the mean of ln n + sum_j w_j ln w_j: the bound that is told, itself at most ln n.
 """
 
 from __future__ import annotations
@@ -47,4 +47,4 @@ class SoftBestOfN(Decoder):
         kl = math.log(len(group)) + float(torch.special.xlogy(weights, weights).sum())
         # Draws are exchangeable: among equal rewards the first has the law of any.
         chosen = 0 if rewards.min() == rewards.max() else random.Random(noise).choices(range(len(group)), weights.tolist())[0]
-        return Answer(group, chosen, max(0.0, kl), "estimate", extra={"weight": float(weights[chosen])})
+        return Answer(group, chosen, max(0.0, kl), "bound", extra={"weight": float(weights[chosen])})

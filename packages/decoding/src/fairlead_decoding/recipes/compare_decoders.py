@@ -41,6 +41,11 @@ def _default_decoders() -> list[Any]:
         *({"name": "transfer-q-star", "alpha": a, "horizon": LENGTH, "rollouts": 8, "rollout": "aligned", **guided} for a in SWEEP),
         *({"name": "controlled-decoding", "alpha": a, "horizon": LENGTH, "rollouts": 8, **guided} for a in SWEEP),
         *({"name": "args", "w": 1 / a, **guided} for a in SWEEP),
+        *({"name": "soft-best-of-n", "n": 16, "alpha": a} for a in (0.2, 0.8)),
+        {"name": "worst-of-n", "n": 4},
+        {"name": "rejection", "threshold": 1.5, "n": 64},
+        {"name": "blockwise", "n": 4, "block": 2},
+        *({"name": "genarm", "reward_model": "aligned", "reference": "model", "beta": b, "mode": "sample"} for b in (2.0, 1.0, 0.5)),
         *({"name": "deal", "lam": 1 / a, "lookahead": LENGTH, "top_k": VOCAB} for a in (0.1, 0.4, 1.6)),
     ]
 
@@ -141,7 +146,10 @@ class _Given:
 
 def measure(world: Any, settings: dict[str, Any], c: CompareDecodersConfig, seed: int) -> dict[str, Any]:
     """One decoder's figures."""
-    chosen = {key: world.aligned if value == "aligned" and isinstance(world, _Enumerable) else value for key, value in settings.items()}
+    chosen = dict(settings)
+    if isinstance(world, _Enumerable):
+        stands_for = {"aligned": lambda: world.aligned, "model": lambda: world.model}
+        chosen = {k: stands_for[v]() if isinstance(v, str) and v in stands_for else v for k, v in settings.items()}
     decoder = registry.create("decoder", chosen.pop("name"), **chosen)
     prompts = world.prompts(c.samples)
     made = decoder.generate(
@@ -235,7 +243,7 @@ def ceiling(world: _Enumerable, kl: float) -> float:
 
 
 def _label(settings: dict[str, Any]) -> str:
-    shown = {k: v for k, v in settings.items() if k in ("n", "alpha", "w", "lam", "block", "gamma", "threshold", "beam")}
+    shown = {k: v for k, v in settings.items() if k in ("n", "alpha", "beta", "w", "lam", "block", "gamma", "threshold", "beam")}
     return settings["name"] + (f" ({', '.join(f'{k} {v:.3g}' for k, v in shown.items())})" if shown else "")
 
 
