@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import os
+import queue
 import re
 import signal
 import socket
@@ -38,6 +39,8 @@ from fairlead.kinds import Decoder
 from fairlead.models import load
 from fairlead_decoding import ARGS, BestOfN
 from fairlead_decoding.serving import ApiKeys, GracefulServer, Limits, Service, build_app, configure
+from fairlead_decoding.serving.jobs import Failed, Finished
+from fairlead_decoding.serving.schema import CompletionRequest
 
 SOAK = Path(__file__).with_name("soak.py")
 KEY = "a-key-for-the-tests-only"
@@ -285,6 +288,34 @@ def test_token_search_streams_what_it_chooses(parts: tuple[Any, Any]) -> None:
         assert cut["choices"][0]["text"] == f"{first} "
         assert cut["usage"]["completion_tokens"] == 2
         assert not hasattr(decoder, "__dict__") or "_step" not in vars(decoder), "the decoder is left as it was"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", ["soft-best-of-n", "rejection", "blockwise", "args", "controlled-decoding", "transfer-q-star", "deal", "beams", "speculative"])
+def test_every_decoder_is_served_as_it_is_and_can_be_left(parts: tuple[Any, Any], name: str, stream: bool) -> None:
+    settings: dict[str, Any] = {"args": {"top_k": 4, "mode": "sample"}, "controlled-decoding": {"top_k": 4}, "transfer-q-star": {"top_k": 4}}
+    settings |= {"deal": {"top_k": 4}, "beams": {"top_k": 4, "beam": 2}, "speculative": {"draft": parts[0]}, "rejection": {"threshold": 5.0, "n": 8}}
+    decoder = registry.create("decoder", "deal" if name == "beams" else name, **settings.get(name, {}))
+    reward = None if name == "speculative" else words_reward
+    made = decoder.generate(*parts, ["w1 w2", "w1 w2", "w5", "w5"], reward=reward, seed=3, max_new_tokens=9).generations
+    with Service(*parts, name="tiny", decoder=decoder, reward=reward) as service:
+        told: queue.Queue[Any] = queue.Queue()
+        asked = CompletionRequest(model="tiny", prompt=["w1 w2", "w5"], n=2, seed=3, max_tokens=9, stream=stream)
+        job = service.job(asked, told.put)
+        service.submit(job)
+        events = [told.get(timeout=30)]
+        while not isinstance(events[-1], (Finished, Failed)):
+            events.append(told.get(timeout=30))
+        assert isinstance(events[-1], Finished), events[-1]
+        assert [line.text for line in job.lines] == [g.text for g in made]
+        assert [line.reward for line in job.lines] == [g.reward for g in made]
+        assert [line.reason for line in job.lines] == ["stop" if g.finished else "length" for g in made]
+        assert (len(events) > 2) == (stream and service.answerer.streams)
+        left = service.job(asked.model_copy(update={"max_tokens": 400}), told.put)
+        service.submit(left)
+        until(lambda: service.worker.running == 1 or left.settled)
+        service.cancel(left)
+        until(lambda: service.worker.idle, 5.0)
 
 
 def test_marked_answers_are_those_of_generate_with_the_mark(parts: tuple[Any, Any]) -> None:
