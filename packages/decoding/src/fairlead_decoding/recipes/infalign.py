@@ -165,8 +165,10 @@ def train(config: InfAlignConfig, seed: int, transform: str, progress: Any) -> d
         for m, offset in ((policy, 101), (reference, 202))
     )
     sampled = [theory.inference_win_rate(ours, theirs, p) for p in PROCEDURES]
+    kl_reached = float(theory.kl_divergence(log_q, log_p))
+    optimum = theory.tilt(log_p, phi, theory.solve_alpha(log_p, phi, kl_reached))
     return {
-        "seed": seed, "transform": transform, "kl": float(theory.kl_divergence(log_q, log_p)), "beta": float(np.exp(log_beta)),
+        "seed": seed, "transform": transform, "kl": kl_reached, "optimum": _rates(optimum, log_p.numpy(), r), "beta": float(np.exp(log_beta)),
         "rates": _rates(log_q.numpy(), log_p.numpy(), r), "sampled": [[w.mean, w.standard_error] for w in sampled], "path": path,
     }  # fmt: skip
 
@@ -183,16 +185,18 @@ def trained_section(run: Run, rows: list[dict[str, Any]], config: InfAlignConfig
     rate = {name: np.array([x["rates"] for x in by[name]]) for name in TRAINED}
     kl = {name: np.array([x["kl"] for x in by[name]]) for name in TRAINED}
     best, worst = rate["exp:10"][:, 1] - rate["identity"][:, 1], rate["exp:-10"][:, 2] - rate["identity"][:, 2]
+    miss = max(abs(a - b) for x in rows for a, b in zip(x["rates"], x["optimum"], strict=True))
     run.section(
         "Train for the way the model is served",
         f"A model that will be served as the best of {N} answers should not be trained for the win rate of one. Its reward is first "
-        f"calibrated, which makes it a quantile among {config.references} reference answers, and then transformed. At the same KL "
+        f"calibrated, which makes it a quantile among {config.references} reference answers, and then transformed. At no more KL "
         f"divergence, exp 10 instead of the identity adds {best.mean():+.3f} to the win rate after best-of-{N}.\n\n"
         f"An attacker who keeps the least safe of {N} answers turns the matter round: what counts is the lower end of the "
         f"quantiles, and exp -10 adds {worst.mean():+.3f}. Each gain is paid for in the win rate of a single sample, where the "
         "identity stays best.\n\n"
         "Lines are the closed form, which knows neither the model nor the reward. Circles are trained models. They lie a little off "
-        "the lines because their rewards are calibrated on few answers and their answers are few.",
+        f"the lines because {config.references} reference answers calibrate coarsely: the exact optimum on the same rewards lies where "
+        f"the trained model does, within {miss:.3f}.",
     )  # fmt: skip
     points = {LABELS[name]: [(x["kl"], tuple(x["rates"])) for x in by[name]] for name in TRAINED}
     run.figure(
@@ -209,7 +213,7 @@ def trained_section(run: Run, rows: list[dict[str, Any]], config: InfAlignConfig
     left.set(xlabel="training step", ylabel="KL divergence, nats")
     right.set(xlabel="training step", ylabel="β over its closed-form value")
     left.legend(frameon=False, fontsize=8, loc="lower right")
-    run.figure("training", figure, f"The controller takes over at step {config.free_steps} and brings the divergence to {KL} nats by moving β.")
+    run.figure("training", figure, f"The controller takes over at step {config.free_steps} and brings the divergence to {KL} nats ({KL - config.handicap:g} for exp 10 and exp -10) by moving β.")
     run.table(
         "Trained policies",
         [
@@ -258,6 +262,7 @@ def trained_section(run: Run, rows: list[dict[str, Any]], config: InfAlignConfig
     )
     single = rate["identity"][:, 0] - np.maximum(rate["exp:10"][:, 0], rate["exp:-10"][:, 0])
     run.check("one sample: identity is best, every model", bool((single > 0).all()), f"lead {_list(single)}")
+    run.check("training reaches the exact optimum on the same rewards within .01 of every win rate", miss < 0.01, f"largest difference {miss:.4f} of {3 * len(rows)}")
     scores = [(m - exact) / se for x in rows for exact, (m, se) in zip(x["rates"], x["sampled"], strict=True)]
     run.check("win rates from samples within 4 standard errors of the exact ones", max(map(abs, scores)) <= 4, f"largest |z| {max(map(abs, scores)):.2f} of {len(scores)}")
     run.headline(f"best-of-{N} win rate, exp 10 over identity", f"{best.mean():+.3f}", f"{len(best)} models, {best.min():+.3f} to {best.max():+.3f}; closed form {predicted[0]:+.3f}")
