@@ -125,7 +125,7 @@ def test_a_teachers_reply_gives_exactly_its_rules(reply: str) -> None:
 
 
 def test_a_reply_without_rules_gives_none() -> None:
-    assert parse_guidelines("") == parse_guidelines("I cannot help.\nSorry:") == parse_guidelines(": no title") == []
+    assert parse_guidelines("") == parse_guidelines("I cannot help.\nSorry:") == parse_guidelines(": no title\nUnsafe: Yes.") == []
 
 
 @pytest.mark.parametrize(

@@ -148,12 +148,12 @@ def parse_verdict(reply: str) -> bool | None:
 def parse_guidelines(reply: str) -> list[tuple[str, str]]:
     """(title, explanation) of every "Title: explanation" line, without numbers, bullets and bold marks.
 
-    A line that ends in ":" (an introduction) or has none (a closing sentence) is no rule.
+    A line that ends in ":" (an introduction) or has none (a closing sentence) is no rule, nor is a repeated verdict.
     """
     rules = []
     for line in reply.splitlines():
         title, colon, text = clean(_LISTED.sub("", line).replace("**", "").replace("__", "")).partition(":")
-        if colon and title.strip() and text.strip():
+        if colon and title.strip() and text.strip(" .!").lower() not in ("", "yes", "no"):
             rules.append((title.strip(), text.strip()))
     return rules
 
