@@ -188,6 +188,7 @@ def report(run: Run, world: Any, rows: list[dict[str, Any]]) -> None:
     run.section(
         "What is compared",
         ("A tiny model whose answers can all be listed. The black line is the exact tilted distribution: no decoder can earn more at its divergence. "
+         "Its reward is a sum over tokens, so a prefix is judged exactly: the best case for ARGS, which looks no further. "
          if exact else "Each point is one decoder with one setting. Without an enumerable model the divergence is the decoder's own figure, of the kind that the table names. ")
         + "A point further up earns more reward; one further left has strayed less. Compare at equal divergence or equal cost, not at equal alpha.",
     )  # fmt: skip
