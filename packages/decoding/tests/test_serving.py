@@ -186,6 +186,11 @@ def test_token_ids_are_prompts_too(plain: Running) -> None:
     assert plain.ask(prompt=[[4, 5]], seed=3, max_tokens=9).json()["choices"] == by_text
 
 
+def test_five_point_zero_is_five(plain: Running) -> None:
+    said = plain.ask(max_tokens=5.0, seed=3.0, n=1.0).json()
+    assert said["choices"] == plain.ask(max_tokens=5, seed=3).json()["choices"]
+
+
 def test_a_chat_is_answered_by_its_template(plain: Running, parts: tuple[Any, Any]) -> None:
     messages = [{"role": "system", "content": "w1"}, {"role": "user", "content": [{"type": "text", "text": "w2 "}, {"type": "text", "text": "w3"}]}]
     said = plain.openai.chat.completions.create(model="tiny", messages=messages, max_completion_tokens=8, seed=1)  # type: ignore[arg-type]
@@ -355,11 +360,14 @@ BAD = [
     ({"model": "another"}, 404, "model", "no such model"),
     ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
     ({"max_tokens": 5000}, 400, "max_tokens", "1024"),
+    ({"max_tokens": 4.5}, 400, "max_tokens", "integer"),
+    ({"user": "u" * 600}, 400, "user", "user: should have at most 512"),
+    ({"": 1}, 400, "''", "unknown field ''"),
     ({"max_tokens": "9"}, 400, "max_tokens", "integer"),
     ({"temperature": 3}, 400, "temperature", "less than or equal to 2"),
     ({"top_p": 0}, 400, "top_p", "greater than 0"),
     ({"min_p": -1}, 400, "min_p", "greater than or equal to 0"),
-    ({"n": 1000}, 400, "n", "1000 answers are more than the 32"),
+    ({"n": 1000}, 400, "n", "1000 answers are asked for, a request may have 32"),
     ({"stop": ["a"] * 5}, 400, "stop", "up to 4"),
     ({"stop": ""}, 400, "stop", "1 to 256"),
     ({"logprobs": 3}, 400, "logprobs", "not served"),

@@ -50,7 +50,8 @@ _ERRORS: _Responses = {
         (503, "The server is stopping"), (504, "The time was up before the answer was there"),
     )
 }  # fmt: skip
-_WRITTEN: _Responses = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The answer; server-sent events with stream=true"}}
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"], "description": "one event"}
+_WRITTEN: _Responses = {200: {"content": {"text/event-stream": {"schema": _EVENT}}, "description": "The answer; server-sent events with stream=true"}}
 
 
 class Gone:

@@ -6,16 +6,22 @@ served are known here with the one value that asks for nothing, so that a client
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 NOT_SERVED = "not served: only the value that asks for nothing is accepted"
+_WHOLE = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
+"""5.0 is an integer to JSON."""
+Count = Annotated[int, Field(ge=1), _WHOLE]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), _WHOLE]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1), _WHOLE]
 # One fault of a list is enough: a list of a hundred thousand bad items must not become as many errors.
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
-Ids = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1, fail_fast=True)]
+Ids = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 IdLists = Annotated[list[Ids], Field(min_length=1, fail_fast=True)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 _FORMS = {
@@ -48,13 +54,13 @@ class Asked(Strict):
     """What both kinds of completion share."""
 
     model: str = Field(max_length=512, description="the name under which the model is served, see /v1/models")
-    max_tokens: int | None = Field(None, ge=1, description="tokens of an answer at most")
+    max_tokens: Count | None = Field(None, description="tokens of an answer at most")
     temperature: float | None = Field(None, ge=0, le=2, description="0 takes the likeliest token; default 1")
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=1, description="an extension: sample among the k likeliest tokens")
+    top_k: Count | None = Field(None, description="an extension: sample among the k likeliest tokens")
     min_p: float | None = Field(None, ge=0, le=1, description="an extension: leave out tokens below this share of the likeliest")
-    n: int | None = Field(None, ge=1, description="answers to each prompt; default 1")
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="the same seed gives the same answer")
+    n: Count | None = Field(None, description="answers to each prompt; default 1")
+    seed: Seed | None = Field(None, description="the same seed gives the same answer")
     stop: StopText | Annotated[list[StopText], Field(max_length=4, fail_fast=True)] | None = Field(None, description="text before which the answer ends")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -108,7 +114,7 @@ class ChatRequest(Asked):
     """Body of /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
-    max_completion_tokens: int | None = Field(None, ge=1, description="tokens of an answer at most; the newer name of max_tokens")
+    max_completion_tokens: Count | None = Field(None, description="tokens of an answer at most; the newer name of max_tokens")
     logprobs: Literal[False] | None = Field(None, description=NOT_SERVED)
     top_logprobs: None = Field(None, description=NOT_SERVED)
     response_format: TextFormat | None = Field(None, description=NOT_SERVED)
@@ -241,10 +247,11 @@ def describe(faults: Sequence[Any]) -> tuple[str, str | None]:
     if field in _FORMS:
         return f"{field}: must be {_FORMS[field]}", field
     path = ".".join(_shown(part) for part in where)
-    return f"{path}: " + " ".join(fault["msg"].replace("Input should", "should").replace("Value error, ", "").split()), path
+    words = re.sub(r"^(Value error, |\w+ (?=should))", "", fault["msg"])
+    return f"{path}: {' '.join(words.split())}", path
 
 
 def _shown(name: str) -> str:
-    """A field's name, which may be any text, on a short line."""
+    """A field's name, which may be any text or none, on a short line."""
     name = name if len(name) <= 60 else name[:57] + "..."
-    return name if name.isprintable() else ascii(name)
+    return name if name.isprintable() and name else ascii(name)

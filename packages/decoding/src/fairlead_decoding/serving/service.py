@@ -80,7 +80,7 @@ class Service:
         prompts = [[m.plain for m in asked.messages]] if isinstance(asked, ChatRequest) else _prompts(asked)
         if n * len(prompts) > self.limits.choices:
             param = "prompt" if n == 1 else "n"
-            raise BadRequest(f"{param}: {len(prompts)} prompts times {n} answers are more than the {self.limits.choices} of a request here", param)
+            raise BadRequest(f"{param}: {n * len(prompts)} answers are asked for, a request may have {self.limits.choices} here", param)
         sampling = self._sampling(asked)
         param = "messages" if isinstance(asked, ChatRequest) else "prompt"
         encoded = self._encode(prompts, param)
