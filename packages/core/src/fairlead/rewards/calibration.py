@@ -239,12 +239,17 @@ class Transform:
         return cls("log", _log, smoothed=True)
 
     @classmethod
-    def exp(cls, t: float) -> Transform:
+    def exp(cls, t: float, normalised: bool = True) -> Transform:
         """(e^(t C) - 1) / (e^t - 1), increasing from 0 to 1 for either sign of t, the identity as t -> 0: near the optimum
-        for best-of-n (t > 0) and worst-of-n (t < 0). Its beta is that of sign(t) e^(t C) divided by |e^t - 1|."""
+        for best-of-n (t > 0) and worst-of-n (t < 0); or, not normalised, sign(t) e^(t C), whose beta is |e^t - 1| times as
+        large."""
         if not math.isfinite(t):
             raise InputError(f"t: must be a finite number, got {t}")
-        return cls(f"exp:{t:g}", partial(_exp, float(t)), normalised=True)
+        if normalised:
+            return cls(f"exp:{t:g}", partial(_exp, float(t)), normalised=True)
+        if t == 0 or abs(t) > 700:
+            raise InputError(f"t: sign(t) exp(t C) needs t other than 0 and of size up to 700, got {t}; use the normalised form")
+        return cls(f"exp:{t:g}, raw", partial(_raw_exp, float(t)))
 
     @classmethod
     def power(cls, n: float) -> Transform:
@@ -282,6 +287,10 @@ def _power(n: float, c: Array) -> Array:
 def _log(c: Array) -> Array:
     with np.errstate(divide="ignore"):
         return np.asarray(np.log(c))
+
+
+def _raw_exp(t: float, c: Array) -> Array:
+    return np.asarray(np.sign(t) * np.exp(t * c))
 
 
 def _exp(t: float, c: Array) -> Array:

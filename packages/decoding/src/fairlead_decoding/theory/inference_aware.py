@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fairlead.errors import InputError
+from fairlead.rewards.calibration import Transform
 
 from ._inputs import Array, as_finite, logsumexp
 from .procedures import Identity, Procedure, as_procedure
 from .quadrature import rule
 from .ranks import win_rate
 from .tilts import solve_alpha, tilt
-from .transforms import Transform, TransformLike, as_transform
+from .transforms import TransformLike, as_transform
 
 
 @dataclass(frozen=True)

@@ -8,67 +8,21 @@ An affine change of a transform only rescales beta.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from fairlead.errors import InputError, UnknownNameError
+from fairlead.errors import InputError
+from fairlead.rewards import calibration
 
-from ._inputs import Array, as_float64
+from ._inputs import Array
 from .procedures import Procedure, as_procedure
 from .quadrature import rule
 from .tilts import solve_alpha, tilt
 
 
-@dataclass(frozen=True)
-class Transform:
-    """A map of calibrated rewards, called on float64 arrays in [0, 1].
-
-    monotone: it is increasing. normalised: it maps 0 to 0 and 1 to 1. InputError for a value outside [0, 1].
-    """
-
-    name: str
-    function: Callable[[Array], Array]
-    monotone: bool = True
-    normalised: bool = False
-
-    def __call__(self, c: ArrayLike) -> Array:
-        values = as_float64(c, "C")
-        if ((values < 0) | (values > 1)).any():
-            wrong = float(values[(values < 0) | (values > 1)].flat[0])
-            raise InputError(f"C: calibrated rewards lie in [0, 1], got {wrong}")
-        return np.asarray(self.function(values), dtype=np.float64)
-
-    @classmethod
-    def identity(cls) -> Transform:
-        """C itself: optimal for the win rate of a single sample."""
-        return cls("identity", lambda c: c, normalised=True)
-
-    @classmethod
-    def log(cls) -> Transform:
-        """log C, -inf at 0. beta = 1/(n-1) gives the best-of-n distribution."""
-        return cls("log", _log)
-
-    @classmethod
-    def exp(cls, t: float, normalised: bool = True) -> Transform:
-        """(exp(t C) - 1) / (exp(t) - 1), between 0 and 1 for either sign of t, the identity as t -> 0; or, not
-        normalised, sign(t) exp(t C), whose beta is larger by |exp(t) - 1|."""
-        if not np.isfinite(t) or abs(t) > 700:
-            raise InputError(f"t: must be a number of size up to 700, got {t}")
-        if not normalised:
-            if t == 0:
-                raise InputError("t: sign(t) exp(t C) needs t other than 0; use the normalised form or the identity")
-            return cls(f"exp {t:g}, raw", lambda c: np.sign(t) * np.exp(t * c))
-        return cls(f"exp {t:g}", lambda c: _normalised_exp(t, c), normalised=True)
-
-    @classmethod
-    def power(cls, n: float) -> Transform:
-        """C^n, n > 0."""
-        if not 0 < n < np.inf:
-            raise InputError(f"n: must be above 0, got {n}")
-        return cls(f"power {n:g}", lambda c: c**n, normalised=True)
+class Transform(calibration.Transform):
+    """A map of calibrated rewards, as `fairlead.rewards` puts them on; here also the optimal one."""
 
     @classmethod
     def optimal(cls, procedure: Procedure | str, n: float | None = None, *, kl: float) -> Transform:
@@ -84,26 +38,15 @@ class Transform:
         return cls(f"optimal for {found.name}, n = {found.n:g}", lambda c: np.interp(c, u, phi))
 
 
-TransformLike = Transform | Callable[[Array], Any] | str
+TransformLike = calibration.Transform | Callable[[Array], Any] | str
 
 
-def as_transform(transform: TransformLike) -> Transform:
+def as_transform(transform: TransformLike) -> calibration.Transform:
     """A Transform from itself, a function of C, or "identity", "log", "exp:T" and "power:N", as "exp:10"."""
-    if isinstance(transform, Transform):
-        return transform
-    if callable(transform):
-        return Transform(getattr(transform, "__name__", "function"), transform, monotone=False)
-    name, _, value = str(transform).partition(":")
-    makers: dict[str, Callable[..., Transform]] = {"exp": Transform.exp, "power": Transform.power}
-    plain: dict[str, Callable[[], Transform]] = {"identity": Transform.identity, "log": Transform.log}
-    if name in plain and not value:
-        return plain[name]()
-    try:
-        if name in makers and value:
-            return makers[name](float(value))
-    except ValueError as error:
-        raise InputError(f"transform {transform!r}: {error}") from None
-    raise UnknownNameError("transform", str(transform), [*plain, "exp:10", "exp:-10", "power:4"])
+    found = calibration.as_transform(transform)
+    if isinstance(found, calibration.Transform):
+        return found
+    return Transform(getattr(found, "__name__", "function"), found, monotone=False)
 
 
 def gradient(procedure: Procedure, cdf: Array) -> Array:
@@ -130,16 +73,3 @@ def _fixed_point(procedure: Procedure, kl: float) -> Array:
             break
         log_f = mixed
     return phi
-
-
-def _log(c: Array) -> Array:
-    with np.errstate(divide="ignore"):
-        return np.asarray(np.log(c))
-
-
-def _normalised_exp(t: float, c: Array) -> Array:
-    if abs(t) < 1e-8:
-        return c + t * c * (c - 1) / 2
-    if t > 0:  # the form whose exponents are at most 0
-        return np.asarray((np.exp(t * (c - 1)) - np.exp(-t)) / -np.expm1(-t))
-    return np.asarray(np.expm1(t * c) / np.expm1(t))
