@@ -470,6 +470,16 @@ def test_models_with_windows_are_answered_one_prompt_at_a_time_and_say_so_once(c
     assert ids(sampled) == [ids(one)[0] for one in alone]
 
 
+def test_a_target_with_a_recurrent_state_runs_its_text_again_and_says_the_same() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4, expand=1, bos_token_id=None, eos_token_id=None)
+    target = MambaForCausalLM(config).double().eval()
+    made = Speculative(draft=tiny_model(), gamma=2).generate(target, None, prompts(5, 3), temperature=0.0, max_new_tokens=8)
+    assert ids(made) == plain_ids(target, None, prompts(5, 3), temperature=0.0, max_new_tokens=8)
+
+
 # --- watermarks
 
 
