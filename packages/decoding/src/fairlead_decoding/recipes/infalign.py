@@ -63,7 +63,7 @@ class InfAlignConfig(MethodConfig):
     steps: int = Field(400, ge=1, description="training steps per transform")
     free_steps: int = Field(60, ge=0, description="steps at the closed-form beta before the controller of the KL divergence starts")
     learning_rate: float = Field(5e-4, gt=0, description="learning rate of Adam")
-    control_rate: float = Field(0.1, ge=0, description="largest change of log beta per step by the controller")
+    control_rate: float = Field(0.06, ge=0, description="largest change of log beta per step by the controller")
     handicap: float = Field(
         0.01, ge=0, lt=0.02, description="nats by which the other transforms' target divergence lies below the identity's"
     )
