@@ -188,7 +188,7 @@ def test_spread_of_the_estimated_calibration() -> None:
     rng = np.random.default_rng(0)
     top = [float(theory.calibrate_from_samples(11.0, R[rng.choice(4, 100, p=P)])) for _ in range(4000)]
     assert np.mean(top) == pytest.approx(0.95, abs=1e-3) and np.std(top) == pytest.approx(0.0150, abs=6e-4)
-    assert theory.calibrate_from_samples([-9.0, 0.0, 9.0], [0.0, 1.0], inner=True) == pytest.approx([1 / 6, 1 / 3, 5 / 6])
+    assert theory.calibrate_from_samples([-9.0, 0.0, 9.0], [0.0, 1.0], smoothed=True) == pytest.approx([1 / 6, 1 / 3, 5 / 6])
 
 
 @pytest.mark.parametrize("procedure", [Identity(), BestOfN(3), WorstOfN(3)], ids=lambda p: p.name)

@@ -48,8 +48,10 @@ def test_lengths_transforms_and_procedures_are_drawn() -> None:
     left, right = plots.procedures_figure(4, 0.5).axes
     assert curve(left, "best-of-4")[-1] == pytest.approx([1, 4]) and curve(left, "worst-of-4")[0] == pytest.approx([0, 4])
     assert curve(right, "Φ: identity")[-1, 1] == pytest.approx(np.exp(1 / 0.24281) * 0.24281**-1 / np.expm1(1 / 0.24281), rel=1e-3)
-    axes = plots.win_rate_figure(4, ("identity", "exp:10"), 0.5, {"identity": [(0.5, (0.77, 0.8, 0.88))]}).axes
+    axes = plots.win_rate_figure(4, ("identity", "exp:10"), 0.5, {"exp:10": [(0.5, (0.71, 0.87, 0.68))]}).axes
     assert [curve(a, "Φ: identity")[-1, 1] for a in axes] == pytest.approx([0.7737, 0.7998, 0.8860], abs=1e-4)
+    circles = [[line for line in a.get_lines() if line.get_marker() == "o"] for a in axes]
+    assert [float(line.get_ydata()[0]) for (line,) in circles] == [0.71, 0.87, 0.68]
 
 
 def test_a_figure_becomes_svg_without_a_display() -> None:

@@ -38,7 +38,7 @@ N = 4
 PROCEDURES = (Identity(), BestOfN(N), WorstOfN(N))
 TRAINED = ("identity", "exp:10", "exp:-10")
 LABELS = {"identity": "identity", "exp:10": "exp 10", "exp:-10": "exp -10"}
-# Win rates of one sample, after best-of-4 and after worst-of-4 at 0.5 nats, and beta of the transform as it is written.
+# In the order of `closed_form`: win rates of one sample, after best-of-4 and after worst-of-4 at 0.5 nats, and beta of the transform as it is written.
 FRONTIER = {
     "identity": (0.7737, 0.7998, 0.8860, 0.2428), "log": (0.7682, 0.7682, 0.9270, 0.4321),
     "exp 5, raw": (0.7461, 0.8566, 0.7465, 47.95), "exp 10, raw": (0.7117, 0.8715, 0.6763, 7012),
@@ -91,12 +91,12 @@ class InfAlign(Recipe):
 
 def closed_form() -> list[dict[str, Any]]:
     """The frontier at KL nats for every transform, by quadrature."""
-    transforms = [
+    makers = (
         Transform.identity(), Transform.log(), *(Transform.exp(t, normalised=False) for t in (5, 10, -5, -10)),
         Transform.optimal("best-of-n", N, kl=KL), Transform.optimal("worst-of-n", N, kl=KL),
-    ]  # fmt: skip
-    found = [theory.frontier(t, kl=KL) for t in transforms]
-    return [{"name": x.transform.name, "beta": x.beta, "rates": [x.under(p) for p in PROCEDURES]} for x in found]
+    )  # fmt: skip
+    found = [theory.frontier(t, kl=KL) for t in makers]
+    return [{"name": name, "beta": x.beta, "rates": [x.under(p) for p in PROCEDURES]} for name, x in zip(FRONTIER, found, strict=True)]
 
 
 def universality(config: InfAlignConfig, seed: int) -> list[dict[str, Any]]:
@@ -198,7 +198,7 @@ def trained_section(run: Run, rows: list[dict[str, Any]], config: InfAlignConfig
         f"the lines because {config.references} reference answers calibrate coarsely: the exact optimum on the same rewards lies where "
         f"the trained model does, within {miss:.3f}.",
     )  # fmt: skip
-    points = {LABELS[name]: [(x["kl"], tuple(x["rates"])) for x in by[name]] for name in TRAINED}
+    points = {theory.as_transform(name).name: [(x["kl"], tuple(x["rates"])) for x in by[name]] for name in TRAINED}
     run.figure(
         "win-rates", plots.win_rate_figure(N, TRAINED, 0.8, points),  # type: ignore[arg-type]
         f"Win rate against the reference model. Lines: closed form. Circles: {config.models} trained models per transform, exact win rates.",

@@ -137,7 +137,7 @@ def procedures_figure(n: float = 4, kl: float = 0.5, transforms: Sequence[Transf
     left.set(xlabel="quantile u of the reward", ylabel="weight g(u)", title="what the procedure does")
     for transform, colour in zip(transforms, PALETTE, strict=False):
         point = frontier(transform, kl=kl)
-        right.plot(point.quantiles, point.density, color=colour, label=f"Φ: {point.transform.name}")
+        right.plot(point.quantiles, point.density, color=colour, label=_label(point.transform.name))
     right.set(xlabel="quantile u of the reward", ylabel="density f(u) against the model", title=f"what is optimal at {kl:g} nats")
     for axis in (left, right):
         axis.title.set_fontsize(9)
@@ -160,7 +160,7 @@ def win_rate_figure(
         curve = [frontier(transform, kl=kl) for kl in kls]
         name = as_transform(transform).name
         for place, (axis, procedure) in enumerate(zip(axes, procedures, strict=True)):
-            axis.plot([0.0, *kls], [0.5, *(x.under(procedure) for x in curve)], color=colour, label=f"Φ: {name}")
+            axis.plot([0.0, *kls], [0.5, *(x.under(procedure) for x in curve)], color=colour, label=_label(name))
             for kl, rates in (points or {}).get(name, ()):
                 axis.plot(kl, rates[place], "o", color=colour, mfc="white", mew=1.6)
     for axis, title in zip(axes, ("one sample", f"best-of-{n:g}", f"worst-of-{n:g}"), strict=True):
@@ -169,3 +169,7 @@ def win_rate_figure(
     axes[0].set_ylabel("win rate against the model")
     axes[0].legend(frameon=False, fontsize=8, loc="lower right")
     return figure
+
+
+def _label(name: str) -> str:
+    return "Φ: " + name.replace(":", " ")

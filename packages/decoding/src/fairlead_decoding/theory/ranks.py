@@ -66,17 +66,17 @@ def calibrate(log_p: ArrayLike, r: ArrayLike) -> Array:
     return np.asarray(np.exp(place.below) + np.exp(place.group) / 2)
 
 
-def calibrate_from_samples(rewards: ArrayLike, reference_rewards: ArrayLike, *, inner: bool = False) -> Array:
+def calibrate_from_samples(rewards: ArrayLike, reference_rewards: ArrayLike, *, smoothed: bool = False) -> Array:
     """Estimate of C from K rewards [K] of reference answers to the same prompt: float64 of the shape of `rewards`.
 
-    (below + equal / 2) / K by two binary searches. inner=True gives (below + equal / 2 + 1/2) / (K + 1), which is
+    (below + equal / 2) / K by two binary searches. smoothed=True gives (below + equal / 2 + 1/2) / (K + 1), which is
     never 0 or 1, as the log transform needs.
     """
     rewards, reference = as_finite(rewards, "rewards"), np.sort(as_finite(reference_rewards, "reference_rewards"))
     if reference.ndim != 1 or len(reference) < 2:
         raise InputError(f"reference_rewards: at least 2 rewards of one prompt are needed, got shape {list(reference.shape)}")
     count = (np.searchsorted(reference, rewards, "left") + np.searchsorted(reference, rewards, "right")) / 2
-    return np.asarray((count + 0.5) / (len(reference) + 1) if inner else count / len(reference))
+    return np.asarray((count + 0.5) / (len(reference) + 1) if smoothed else count / len(reference))
 
 
 def win_rate(log_a: ArrayLike, log_b: ArrayLike, r: ArrayLike) -> Array:
