@@ -1,6 +1,6 @@
-# ruff: noqa: E402
 """`fairlead serve` as its clients see it: through a real uvicorn on a loopback port, most of it with OpenAI's own client."""
 
+# ruff: noqa: E402 - what may be missing is asked for first
 from __future__ import annotations
 
 import contextlib
