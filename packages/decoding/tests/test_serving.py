@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -611,7 +612,7 @@ def test_a_client_that_does_not_read_is_cut_off(parts: tuple[Any, Any]) -> None:
             line.sendall(head.encode() + body)
             until(lambda: server.counted("fairlead_accepted_total") == 1)
             until(lambda: server.outcome("cancelled") == 1)
-            until(lambda: server.service.open == 1)  # /metrics itself
+            until(lambda: server.service.open == 0)
         assert server.ask().status_code == 200
 
 
@@ -688,8 +689,12 @@ def test_every_answer_under_load_from_another_process_is_accounted_for(folder: P
         summary = json.loads(ended.stdout)
         assert summary["sent"] == 200
         assert summary["wrong"] == []
-        assert 30 <= summary["outcomes"]["cancelled"] + summary["outcomes"].get("left early", 0) <= 60
-        assert summary["outcomes"]["malformed"] >= 15
+        kinds: Counter[str] = Counter()
+        for kind, count in summary["outcomes"].items():
+            kinds[kind.removesuffix(", refused")] += count
+        assert 30 <= kinds["cancelled"] + kinds["left early"] <= 50
+        assert kinds["malformed"] >= 20
+        assert summary["outcomes"]["answered"] + summary["outcomes"]["streamed"] >= 30
         assert summary["server_outcomes"]["failed"] == 0
         assert summary["rss_mib"][-1] - summary["rss_mib"][0] < 100
         assert server.http.get("/health").json() == {"status": "ok", "model": "tiny", "waiting": 0, "running": 0}
