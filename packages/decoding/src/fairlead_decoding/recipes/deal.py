@@ -204,7 +204,10 @@ class SentenceWorld:
         )
         texts = [g.text for g in made.generations]
         cover, brief = (part(self.prompts, texts).tolist() for part in parts)
-        return {"weight": weight, "coverage": cover, "brevity": brief, "words": [len(t.split()) for t in texts], "text": texts[0], "prompt": self.prompts[0]}
+        return {
+            "weight": weight, "coverage": cover, "brevity": brief, "words": [len(t.split()) for t in texts],
+            "text": texts[0], "prompt": self.prompts[0],
+        }  # fmt: skip
 
     def _run(self, decoder: Any, prompts: Sequence[str] | None = None, **options: Any) -> DecodeResult:
         asked = self.prompts if prompts is None else prompts
@@ -255,10 +258,11 @@ def bigram_section(run: Run, models: list[dict[str, Any]], config: DeALRecipeCon
     )  # fmt: skip
     same, count = sum(m["same"] for m in models), len(models) * config.prompts
     run.check("lam = 0 is greedy decoding, token for token", same == count, f"{same} of {count} answers")
-    for name, values, least in ((f"l = {config.lookahead} over l = 0", gain, 0.08), (f"l = {config.lookahead} over re-ranking {config.samples}", lead, 0.2)):
+    for rival, values, least in (("l = 0", gain, 0.08), (f"re-ranking {config.samples}", lead, 0.2)):
         p = _t_test(values)
         run.check(
-            f"hard coverage, {name}: more than {least:g}, paired t-test over models p < .001", bool(values.mean() > least and p < 0.001),
+            f"hard coverage, l = {config.lookahead} over {rival}: more than {least:g}, paired t-test over models p < .001",
+            bool(values.mean() > least and p < 0.001),
             f"{_signed(stats.mean(values))}, p = {p:.1e}, above 0 in {int((values > 0).sum())} of {len(values)} models",
         )  # fmt: skip
     run.headline(f"all {config.required} tokens found, l = {config.lookahead}", stats.mean(search), f"{none.mean():.3f} without look-ahead")
@@ -311,7 +315,8 @@ def _coverage_figure(models: list[dict[str, Any]], hard: dict[str, np.ndarray], 
     right.plot([0, 1], [0, 1], color="black", lw=0.8)
     right.plot(hard["l=0"], search_M, "o", color=BLUE, alpha=0.6, label="against l = 0")
     right.plot(hard["re-rank"], search_M, "s", color=ORANGE, alpha=0.6, label=f"against re-ranking {config.samples}")
-    right.set(xlabel="hard coverage of the other way", ylabel=f"hard coverage of the search, l = {config.lookahead}", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    right.set(xlabel="hard coverage of the other way", ylabel=f"hard coverage of the search, l = {config.lookahead}")
+    right.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     right.legend(frameon=False, fontsize=8, loc="lower right")
     return figure
 
@@ -337,8 +342,7 @@ def sentence_section(run: Run, texts: dict[str, dict[str, Any]], config: DeALRec
         f"obeys loosely. The task: use the {config.concepts} words of the prompt. A word counts only when its last piece is there, so "
         "without a look-ahead nothing is gained by its first piece, and the search is nearly blind.\n\n"
         f"The instruction alone gets all words into {told:.0%} of the sentences, the search alone into {alone:.0%}, both "
-        f"into {both:.0%}: the prompt moves the words into the candidates, the search picks them. Looking further than a word "
-        "and its neighbours adds little.",
+        f"into {both:.0%}: the prompt moves the words into the candidates, the search picks them.",
     )  # fmt: skip
     run.figure(
         "sentences", _sentence_figure(hits, config),
@@ -357,7 +361,10 @@ def sentence_section(run: Run, texts: dict[str, dict[str, Any]], config: DeALRec
     )  # fmt: skip
     run.samples(
         [
-            {"words": ", ".join(prompt_concepts(texts[name]["prompts"][i])), "prompt": TEXTS[name], "way": _named(way, config), "answer": rows[name][way]["texts"][i]}
+            {
+                "words": ", ".join(prompt_concepts(texts[name]["prompts"][i])), "prompt": TEXTS[name],
+                "way": _named(way, config), "answer": rows[name][way]["texts"][i],
+            }
             for i in range(2) for name in TEXTS for way in ("greedy", "re-rank", "l=0", search)
         ],
         title="Two prompts, eight answers each", show=16,
@@ -367,7 +374,8 @@ def sentence_section(run: Run, texts: dict[str, dict[str, Any]], config: DeALRec
     for name, label in TEXTS.items():
         s, n, r = hits[name, search], hits[name, "l=0"], hits[name, "re-rank"]
         run.check(
-            f"sentences, {label}: the same order, l = {config.lookahead} above l = 0 and above re-ranking", bool(s.mean() > n.mean() and s.mean() > r.mean()),
+            f"sentences, {label}: the same order, l = {config.lookahead} above l = 0 and above re-ranking",
+            bool(s.mean() > n.mean() and s.mean() > r.mean()),
             f"{s.mean():.3f} against {n.mean():.3f} (McNemar p = {_mcnemar(s, n):.1e}) and {r.mean():.3f} (p = {_mcnemar(s, r):.1e})",
         )  # fmt: skip
     p = _mcnemar(hits["instructed", search], hits["plain", search])
@@ -375,7 +383,8 @@ def sentence_section(run: Run, texts: dict[str, dict[str, Any]], config: DeALRec
         "instruction and search together find more than either alone", both > max(alone, told),
         f"{both:.3f} against {told:.3f} (instruction) and {alone:.3f} (search; McNemar p = {p:.1e})",
     )  # fmt: skip
-    run.headline("all words used, instruction + search", stats.wilson(int(hits["instructed", search].sum()), config.sentences), f"instruction {told:.3f}, search {alone:.3f}")
+    share = stats.wilson(int(hits["instructed", search].sum()), config.sentences)
+    run.headline("all words used, instruction + search", share, f"instruction {told:.3f}, search {alone:.3f}")
 
 
 def _sentence_figure(hits: dict[tuple[str, str], np.ndarray], config: DeALRecipeConfig) -> Any:
@@ -435,11 +444,15 @@ def weights_section(run: Run, sweep: list[dict[str, Any]], config: DeALRecipeCon
         note=f"w weighs coverage, 1 − w brevity. The first prompt gives: {', '.join(prompt_concepts(sweep[0]['prompt']))}.",
     )  # fmt: skip
     for name, values, sign in (("coverage", cover, 1), ("brevity", brief, -1)):
-        y = [v.estimate for v in values]
-        rho = float(spearmanr(weights, y).statistic) if len(set(y)) > 1 else 0.0
-        run.check(f"{name} {'rises' if sign > 0 else 'falls'} with the weight of coverage: Spearman |rho| > .9", bool(sign * rho > 0.9), f"rho = {rho:+.3f} over {len(weights)} weights")
+        means = [v.estimate for v in values]
+        rho = float(spearmanr(weights, means).statistic) if len(set(means)) > 1 else 0.0
+        run.check(
+            f"{name} {'rises' if sign > 0 else 'falls'} with the weight of coverage: Spearman |rho| > .9", bool(sign * rho > 0.9),
+            f"rho = {rho:+.3f} over {len(weights)} weights",
+        )  # fmt: skip
         run.metric(f"spearman {name}", rho)
-    run.headline("coverage over the weights", f"{cover[-1].estimate:.2f} → {cover[0].estimate:.2f}", f"at {words[-1].estimate:.1f} to {words[0].estimate:.1f} words")
+    at = f"at {words[-1].estimate:.1f} to {words[0].estimate:.1f} words"
+    run.headline("coverage over the weights", f"{cover[-1].estimate:.2f} → {cover[0].estimate:.2f}", at)
 
 
 def cost_section(run: Run, models: list[dict[str, Any]], texts: dict[str, dict[str, Any]], config: DeALRecipeConfig) -> None:
