@@ -182,6 +182,17 @@ def test_extending_by_many_tokens_gives_the_logits_after_each_of_them(name: str)
 
 
 @pytest.mark.parametrize("name", list(ALL))
+def test_a_prompt_gives_the_logits_after_as_many_of_its_tokens_as_are_asked_for(name: str) -> None:
+    model, prompts = ALL[name](), random_ids(4, 7)
+    engine = RolloutEngine(model)
+    engine.prefill(prompts, keep=3)
+    for row, prompt in enumerate(prompts):
+        for k in range(3):
+            torch.testing.assert_close(engine.logits_BKV[row, k], fresh(model, prompt[: len(prompt) - 2 + k]), **close(name))
+    assert engine.tokens_P.tolist() == [4, 7]
+
+
+@pytest.mark.parametrize("name", list(ALL))
 def test_tokens_that_a_row_does_not_get_change_nothing_for_it(name: str) -> None:
     model = ALL[name]()
     prompts = random_ids(4, 6)

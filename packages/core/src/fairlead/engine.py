@@ -93,8 +93,9 @@ class RolloutEngine:
         ids = ids.gather(1, mask.argsort(dim=1, stable=True))
         return ids[:, self._columns - int(mask.sum(1).max()) :]
 
-    def prefill(self, prompts: Sequence[torch.Tensor], room: int = 0) -> None:
-        """Run the prompts (1-D id tensors) through the model once; `room` tokens are expected to follow."""
+    def prefill(self, prompts: Sequence[torch.Tensor], room: int = 0, keep: int = 1) -> None:
+        """Run the prompts (1-D id tensors) through the model once; `room` tokens are expected to follow. `logits_BKV` is kept
+        after the last `keep` tokens."""
         width = max(len(p) for p in prompts)
         ids = torch.full((len(prompts), width + room), PADDING, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
@@ -106,7 +107,7 @@ class RolloutEngine:
         self.owner_B = torch.arange(len(prompts))
         self._counts = torch.zeros(len(prompts) + 1, dtype=torch.int64)
         self._cache = None
-        self._run(width)
+        self._run(keep, every=True)
 
     def expand(self, n: int) -> None:
         """Turn every row into n equal rows, side by side."""
