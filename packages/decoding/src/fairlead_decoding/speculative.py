@@ -119,26 +119,30 @@ class Speculative(Decoder):
         for index, ids in zip(request.indices, request.encoded, strict=True):
             check_lengths(self._draft, [ids], request.max_new_tokens, index)
         _check_budget(request)
-        target, draft = request.engine(rollback=True), request.engine(self._draft, rollback=True)
+        draft = request.engine(self._draft, rollback=True)
         law = _Law(request, models.logits_width(request.model), models.logits_width(self._draft))
         everyone = torch.arange(len(request.encoded), device=request.device)
+        gamma = self.config.gamma
+        if len(everyone) == 1 and request.meter.budget.model_tokens is None:
+            # The prompt and the first proposals are one call. With a budget the prompt comes first, to see what is left.
+            target = RolloutEngine(request.model, rollback=True)
+            written = [_Speculation(request, law, target, draft, everyone, gamma, request.encoded[0]).run()]
+            return self._answers(request, written)
+        target = request.engine(rollback=True)
         if len(everyone) == 1 or (target.takes_holes and draft.takes_holes):
-            written = [_Speculation(request, law, target, draft, everyone, self.config.gamma).run()]
-        else:
-            _say_alone(request.model if not target.takes_holes else self._draft)
-            written = [
-                _Speculation(request, law, target.fork(1, here), draft.fork(1, here), here, self.config.gamma).run()
-                for here in everyone.split(1)
-            ]
+            return self._answers(request, [_Speculation(request, law, target, draft, everyone, gamma).run()])
+        _say_alone(request.model if not target.takes_holes else self._draft)
+        parts = [_Speculation(request, law, target.fork(1, here), draft.fork(1, here), here, gamma).run() for here in everyone.split(1)]
+        return self._answers(request, parts)
+
+    def _answers(self, request: Request, written: list[list[Written]]) -> list[Answer]:
         ratio = _parameters(self._draft) / max(1, _parameters(request.model))
-        exact = request.watermark is None  # how far the marked target is from the unmarked one is not known
-        return [
-            Answer(
-                [request.generation(place, ids, finished=ended)], kl=0.0 if exact else None, kl_kind="exact" if exact else "",
-                extra={**extra, "parameter_ratio": ratio},
-            )  # fmt: skip
-            for place, (ids, ended, extra) in enumerate(row for part in written for row in part)
-        ]
+        kl = 0.0 if request.watermark is None else None  # how far the marked target is from the unmarked one is not known
+        answers = []
+        for place, (ids, ended, extra) in enumerate(row for part in written for row in part):
+            made = request.generation(place, ids, finished=ended)
+            answers.append(Answer([made], kl=kl, kl_kind="" if kl is None else "exact", extra={**extra, "parameter_ratio": ratio}))
+        return answers
 
     def figures(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """target_calls; block_efficiency: tokens a call; block_efficiency_low_variance: 1 + sum_i prod_(j <= i)
@@ -161,6 +165,10 @@ class Speculative(Decoder):
             "parameter_ratio": ratio,
             "memory_bound_speedup": memory_bound_speedup(tau, ratio, self.config.gamma),
         }
+
+
+Written = tuple[torch.Tensor, bool, dict[str, Any]]
+"""Ids, whether they ended by themselves, and counts."""
 
 
 class _Law:
@@ -269,11 +277,13 @@ class _Speculation:
     """
 
     def __init__(
-        self, request: Request, law: _Law, target: RolloutEngine, draft: RolloutEngine, places: torch.Tensor, gamma: int
-    ) -> None:
+        self, request: Request, law: _Law, target: RolloutEngine, draft: RolloutEngine, places: torch.Tensor, gamma: int,
+        prompt: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """prompt: that of the only row, which the target has not seen yet."""
         rows, device, room = len(places), request.device, request.max_new_tokens
         self.law, self.target, self.draft, self.meter, self.room = law, target, draft, request.meter, room
-        self.places = places
+        self.places, self.prompt = places, prompt
         self.answers = torch.full((rows, room + gamma + 1), PADDING, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
@@ -291,8 +301,8 @@ class _Speculation:
         self.last = torch.full_like(self.here, PADDING)
         self.tail = torch.full_like(self.here, PADDING)
 
-    def run(self) -> list[tuple[torch.Tensor, bool, dict[str, Any]]]:
-        """Ids, whether they ended by themselves, and counts, of each row."""
+    def run(self) -> list[Written]:
+        """What each row wrote."""
         first = True
         while True:
             self._limit(first)
@@ -375,7 +385,12 @@ class _Speculation:
 
     def _judge(self, block_BK: torch.Tensor, written: torch.Tensor, first: bool) -> torch.Tensor:
         """One call of the target: its logits after each prefix of the block, [B, 1 + width, V]."""
-        if first:  # the caches hold the whole prompts, and the logits after them are known
+        if self.prompt is not None:
+            self.target.prefill([torch.cat([self.prompt.to(block_BK.device), block_BK[0, 1:]])], self.room, keep=block_BK.shape[1])
+            self.meter.watch(self.target)
+            self.prompt = None
+            q_BKV = self.target.logits_BKV
+        elif first:  # the caches hold the whole prompts, and the logits after them are known
             before_BV = self.target.logits_BV
             q_BKV = before_BV[:, None]
             if block_BK.shape[1] > 1:
