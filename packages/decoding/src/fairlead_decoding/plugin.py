@@ -84,6 +84,11 @@ def fairlead_recipes(register: Register) -> None:
         tags=("stage.evaluation", "stage.decoding", "access.logprobs", "modality.text", "goal.preferences"),
     )  # fmt: skip
     register(
+        "draft-alignment", "fairlead_decoding.recipes.draft_alignment:DraftAlignment", paper="2403.00858",
+        summary="a draft trained on the refusal rate itself against KL: tokens accepted, tokens a call, theory beside counts",
+        tags=("stage.evaluation", "stage.training", "stage.decoding", "access.gradients", "modality.text", "goal.instructions"),
+    )  # fmt: skip
+    register(
         "infalign", "fairlead_decoding.recipes.infalign:InfAlign", paper="2412.19792",
         summary="train on a transformed, calibrated reward for the way the model is served: best-of-n, or an attacker's worst-of-n",
         tags=("stage.evaluation", "stage.training", "stage.decoding", "access.gradients", "modality.text", "paradigm.rlhf", "risk.jailbreak"),
