@@ -62,7 +62,11 @@ def generate_and_score(sample: bool = True) -> Callable[[], Any]:
         torch.manual_seed(0)
         draws = {"top_k": 0, "num_return_sequences": N} if sample else {}
         found = model.generate(
-            prompt[None], attention_mask=torch.ones(1, PROMPT, dtype=torch.int64), max_new_tokens=NEW, do_sample=sample, **draws
+            prompt[None],
+            attention_mask=torch.ones(1, PROMPT, dtype=torch.int64),
+            max_new_tokens=NEW,
+            do_sample=sample,
+            **draws,
         )
         answers = found[:, PROMPT:]
         scores = rewards_one_by_one(judge, prompt, list(answers))
@@ -78,7 +82,9 @@ def check_best_of_n() -> None:
         raise AssertionError("greedy answers differ")
     made = best_of_n()()
     right = rewards_one_by_one(judge, prompt, [g.ids for g in made.candidates[0]])
-    torch.testing.assert_close(torch.tensor([g.reward for g in made.candidates[0]]), torch.tensor(right), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.tensor([g.reward for g in made.candidates[0]]), torch.tensor(right), rtol=1e-4, atol=1e-5
+    )
     if made.generations[0].ids.tolist() != made.candidates[0][right.index(max(right))].ids.tolist():
         raise AssertionError("another answer than the best was chosen")
 
@@ -128,7 +134,9 @@ def generate_each(horizon: int) -> Callable[[], torch.Tensor]:
 def check_search(kind: str, horizon: int) -> None:
     ours, right = search(kind)().tolist(), generate_each(horizon)().tolist()
     model, prompt, _ = small()
-    greedy = model.generate(prompt[None], attention_mask=torch.ones(1, SHORT, dtype=torch.int64), max_new_tokens=STEPS, do_sample=False)
+    greedy = model.generate(
+        prompt[None], attention_mask=torch.ones(1, SHORT, dtype=torch.int64), max_new_tokens=STEPS, do_sample=False
+    )
     if ours != right:
         raise AssertionError(f"answers differ: {ours} and {right}")
     if ours == greedy[0, SHORT:].tolist():

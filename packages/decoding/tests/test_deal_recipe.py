@@ -72,7 +72,9 @@ def search_by_hand(logp: np.ndarray, prompt: list[int], lam: float, k: int, look
 def test_the_search_is_the_one_written_by_hand(lookahead: int) -> None:
     for seed in range(3):
         model, prompts = BigramLM(16, 0.06, 0.05, seed), bigram_prompts(16, 6, 4, seed)
-        made = DeAL(heuristics=[RequiredTokens()], lam=20.0, top_k=5, lookahead=lookahead).generate(model, None, prompts, max_new_tokens=12)
+        made = DeAL(heuristics=[RequiredTokens()], lam=20.0, top_k=5, lookahead=lookahead).generate(
+            model, None, prompts, max_new_tokens=12
+        )
         logp = model.logp_VV.double().numpy()
         for prompt, generation in zip(prompts, made.generations, strict=True):
             assert generation.ids.tolist() == search_by_hand(logp, prompt.tolist(), 20.0, 5, lookahead, 12)
@@ -81,7 +83,9 @@ def test_the_search_is_the_one_written_by_hand(lookahead: int) -> None:
 def test_a_bigram_model_runs_each_token_once() -> None:
     model, prompts = BigramLM(32, 0.06, 0.05, 0), bigram_prompts(32, 4, 6, 0)
     made = DeAL(lam=0, top_k=8).generate(model, None, prompts, max_new_tokens=10)
-    assert made.cost.model_tokens == sum(len(p) + len(g.ids) - 1 for p, g in zip(prompts, made.generations, strict=True))
+    assert made.cost.model_tokens == sum(
+        len(p) + len(g.ids) - 1 for p, g in zip(prompts, made.generations, strict=True)
+    )
 
 
 def test_a_sentence_has_the_words_it_is_told_to_use() -> None:
@@ -90,7 +94,9 @@ def test_a_sentence_has_the_words_it_is_told_to_use() -> None:
         use = world.concepts(rng, 6)
         assert len(set(use)) == 6
         assert set(use) <= set(world.sentence(rng, use).split())
-        assert prompt_concepts(f"{INSTRUCTION}\n\n{sentence_prompt(use)}") == prompt_concepts(sentence_prompt(use)) == use
+        assert (
+            prompt_concepts(f"{INSTRUCTION}\n\n{sentence_prompt(use)}") == prompt_concepts(sentence_prompt(use)) == use
+        )
 
 
 def test_sentences_obey_the_instruction_more_than_the_bare_words() -> None:
@@ -120,7 +126,9 @@ def test_training_lowers_the_loss_and_depends_on_the_seed_alone() -> None:
 
 
 def test_every_prompt_has_words_of_its_own() -> None:
-    found = GivenWords()([sentence_prompt(["dog", "runs"]), sentence_prompt(["cat", "runs"])], ["the dog runs .", "the dog runs ."])
+    found = GivenWords()(
+        [sentence_prompt(["dog", "runs"]), sentence_prompt(["cat", "runs"])], ["the dog runs .", "the dog runs ."]
+    )
     assert found.tolist() == [1.0, 0.5]
 
 
@@ -133,7 +141,16 @@ def test_the_tested_look_ahead_is_among_those_tried() -> None:
 
 def test_a_run_in_miniature_writes_its_report_and_resumes_from_its_stages(tmp_path: Any) -> None:
     recipe = DeALRecipe(
-        models=3, prompts=2, length=4, lookaheads=(0, 1), sentence_lookaheads=(0, 1), lookahead=1, sentences=8, steps=2, width=16, tokens=8
+        models=3,
+        prompts=2,
+        length=4,
+        lookaheads=(0, 1),
+        sentence_lookaheads=(0, 1),
+        lookahead=1,
+        sentences=8,
+        steps=2,
+        width=16,
+        tokens=8,
     )
     config = recipe.config.public_dict()
     run = Run.open(tmp_path, "deal", config, 0)
