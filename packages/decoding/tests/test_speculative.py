@@ -18,7 +18,8 @@ from fairlead.generation import generate
 from fairlead.testing.contracts import decoder_contract, registered_contract
 from fairlead.testing.tiny import tiny_model
 from fairlead_decoding import speculative
-from fairlead_decoding.speculative import Speculative, block_efficiency, memory_bound_speedup, verdict
+from fairlead_decoding.speculation import verdict
+from fairlead_decoding.speculative import Speculative, block_efficiency, memory_bound_speedup
 
 TARGET = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.1, 0.2, 0.7]], dtype=torch.float64)
 DRAFT = torch.tensor([[0.4, 0.4, 0.2], [0.3, 0.4, 0.3], [0.3, 0.3, 0.4]], dtype=torch.float64)
@@ -596,6 +597,32 @@ def test_a_draft_can_be_named(tmp_path: Any) -> None:
         patch.setattr("fairlead.models.load_tokenizer", lambda name: backend)
         made = Speculative(draft=str(tmp_path)).generate(tiny_model(), None, prompts(5), temperature=0.0, max_new_tokens=10)
     assert ids(made) == plain_ids(tiny_model(), None, prompts(5), temperature=0.0, max_new_tokens=10)
+
+
+class Named(Words):
+    """A tokenizer whose words are told."""
+
+    def __init__(self, size: int, first: str) -> None:
+        super().__init__(size)
+        self.first = first
+
+    def get_vocab(self) -> dict[str, int]:
+        return {f"{self.first}{i}": i for i in range(self.size)}
+
+
+def test_a_named_draft_with_other_tokens_of_the_same_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fairlead.models.load", lambda name, **options: (tiny_model(seed=1), Named(64, "a")))
+    made = Speculative(draft="somewhere/draft").generate(tiny_model(), Named(64, "a"), prompts(5), max_new_tokens=4)
+    assert len(made.generations[0].ids) == 4
+    with pytest.raises(InputError, match="has other tokens than that of the target"):
+        Speculative(draft="somewhere/draft").generate(tiny_model(), Named(64, "b"), prompts(5))
+
+
+def test_a_draft_on_another_device_is_refused() -> None:
+    with torch.device("meta"):
+        elsewhere = LlamaForCausalLM(tiny_model().config).eval()
+    with pytest.raises(InputError, match="is on meta, the target on cpu; put them on one device"):
+        Speculative(draft=elsewhere).generate(tiny_model(), None, prompts(5))
 
 
 def test_logits_that_are_not_numbers_are_named() -> None:
