@@ -171,6 +171,29 @@ def test_drops_and_extensions_in_turn_leave_what_a_fresh_run_gives(name: str) ->
         torch.testing.assert_close(engine.logits_BV[row], fresh(model, torch.cat([text, torch.tensor([5 + row])])), **close(name))
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_columns_of_mostly_holes_are_closed_with_their_keys(name: str) -> None:
+    model = ALL[name]()
+    kept = random_ids(3, 5, 4)
+    engine = started(model, kept)
+    fork = engine.fork(1)
+    for step in range(12):
+        more = torch.stack(random_ids(4, 4, 4, seed=10 + step))
+        count = torch.tensor([0, 4, 4]).roll(step)  # one row a step keeps its tokens, so the others get holes
+        engine.extend(more)
+        engine.drop(count)
+        kept = [torch.cat([k, m[: 4 - int(n)]]) for k, m, n in zip(kept, more, count, strict=True)]
+        assert texts(engine) == [k.tolist() for k in kept]
+        assert engine.columns <= max(32, 2 * max(map(len, kept)))
+    assert engine.columns < 5 + 12 * 4, "columns were given back"
+    assert engine._cache.get_seq_length() == engine.columns
+    engine.extend(torch.tensor([[5], [6], [7]]))
+    for row, text in enumerate(kept):
+        torch.testing.assert_close(engine.logits_BV[row], fresh(model, torch.cat([text, torch.tensor([5 + row])])), **EXACT)
+    fork.extend(torch.tensor([[5], [6], [7]]))
+    assert texts(fork) == [[*p.tolist(), 5 + row] for row, p in enumerate(random_ids(3, 5, 4))]
+
+
 @pytest.mark.parametrize("name", list(ALL))
 def test_extending_by_many_tokens_gives_the_logits_after_each_of_them(name: str) -> None:
     model = ALL[name]()

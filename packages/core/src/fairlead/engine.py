@@ -183,6 +183,7 @@ class RolloutEngine:
         self._ids[:, :width].masked_fill_(~kept, PADDING)
         self._holes = True
         self._close_holes()
+        self._compact()
 
     def advance(self, tokens_B: torch.Tensor, keep: torch.Tensor | None = None) -> None:
         """Append one token to every row, drop the rows that are not in `keep` (indices), run the model on the rest."""
@@ -212,6 +213,24 @@ class RolloutEngine:
             return
         if self._cache is not None:
             self._forget("takes no holes")
+        self._pack()
+
+    def _compact(self) -> None:
+        """Move tokens and their keys together once the holes are more than half of the columns."""
+        if not self._holes or self._columns < 32 or self._columns <= 2 * int(self._mask[:, : self._columns].sum(1).max()):
+            return
+        from transformers.cache_utils import DynamicLayer
+
+        if not all(type(layer) is DynamicLayer for layer in getattr(self._cache, "layers", [None])):
+            return
+        order, width = self._pack()
+        for layer in self._cache.layers:
+            for name in ("keys", "values"):
+                held = getattr(layer, name)
+                setattr(layer, name, held.gather(2, order[:, None, -width:, None].expand(-1, held.shape[1], -1, held.shape[3])))
+
+    def _pack(self) -> tuple[torch.Tensor, int]:
+        """Right-align the ids; (the columns' new order [B, T], the columns that are left)."""
         mask = self._mask[:, : self._columns]
         order = mask.argsort(dim=1, stable=True)
         width = int(mask.sum(1).max())
@@ -219,6 +238,7 @@ class RolloutEngine:
         self._ids[:, :width], self._mask[:, :width] = ids, mask
         self._ids[:, width:], self._mask[:, width:] = PADDING, 1
         self._columns, self._holes = width, False
+        return order, width
 
     def _forget(self, why: str) -> None:
         if type(self.model) not in _without_crop:
