@@ -51,6 +51,13 @@ def test_intervals_of_a_proportion_hold_it(n: int, data: st.DataObject) -> None:
         assert k / n - 1e-12 <= interval.high <= 1
 
 
+def test_a_proportion_lies_in_its_own_interval_whatever_is_rounded() -> None:
+    for n in range(1, 60):
+        for k in (0, 1, n - 1, n):
+            found = stats.wilson(k, n)
+            assert found.low <= found.estimate <= found.high, (k, n)
+
+
 def test_wilson_of_ten_of_ten_is_not_certain() -> None:
     assert stats.wilson(10, 10).low == pytest.approx(0.7225, abs=1e-3)
 

@@ -58,7 +58,8 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     p = successes / n
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Interval(p, max(0.0, middle - half), min(1.0, middle + half), n, "Wilson", level)
+    # At 0 and n of n one end is the proportion itself, which rounding may pass.
+    return Interval(p, max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half)), n, "Wilson", level)
 
 
 def clopper_pearson(successes: int, n: int, level: float = 0.95) -> Interval:
