@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -163,7 +164,7 @@ def test_a_call_that_does_not_sample_is_greedy_and_other_processors_stay() -> No
 
 
 def test_answers_of_other_lengths_are_padded_and_a_dictionary_is_given_on_request() -> None:
-    model = tiny_model()
+    model = copy.deepcopy(tiny_model())
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = list(range(32)), 63
     ids = torch.stack([PROMPTS[0], PROMPTS[0] + 9])
     out = through(model, ids, do_sample=True, top_k=0, max_new_tokens=12, return_dict_in_generate=True)
