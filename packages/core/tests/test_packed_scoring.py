@@ -240,3 +240,26 @@ def test_an_oversize_sequence_gets_a_row_of_its_own_on_request(causal: Any) -> N
 def test_a_causal_model_without_a_reward_head_is_refused(causal: Any) -> None:
     with pytest.raises(InputError, match="head"):
         RewardBatcher(causal)
+
+
+def test_answers_to_one_prompt_share_what_they_begin_with_and_score_as_alone() -> None:
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    from fairlead.scoring import _shared_units, classifier_scores
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        num_labels=3, pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaForSequenceClassification(config).eval().double()
+    made = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(1, 50, (n,), generator=made).tolist() for n in (12, 7, 2)]
+    groups = [0, 1, 0, 2, 1, 0, 2, 1, 0]
+    tails = [torch.randint(1, 50, (n,), generator=made).tolist() for n in (5, 1, 9, 3, 4, 1, 6, 2, 0)]
+    sequences = [prompts[g] + tail for g, tail in zip(groups, tails, strict=True)]  # one answer is empty
+    alone = torch.cat([classifier_scores(model, [s]) for s in sequences])
+    for budget in (16, 64, 1024):
+        torch.testing.assert_close(classifier_scores(model, sequences, budget, groups), alone, rtol=0, atol=1e-6)
+    tokens = sum(size for size, _ in _shared_units([([], s) for s in sequences], groups, 1024))
+    assert tokens == sum(map(len, sequences)) - 3 * 11 - 2 * 7  # the empty answer keeps the prompt's last token

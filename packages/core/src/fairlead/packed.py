@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ def segment_attention(
             k, v = (torch.cat([x[:, :, places].expand(count, -1, -1, -1), y], 2) for x, y in ((key, k), (value, v)))
         windowed = sliding_window is not None and length + prefix > sliding_window
         if prefix or windowed:
-            mask = _band(length, prefix, sliding_window if windowed else None, query.device)
+            mask = _band(length, prefix, sliding_window if windowed else None, query.device, query.dtype)
             out = scaled_dot_product_attention(q, k, v, attn_mask=mask, **shared)
         else:
             out = scaled_dot_product_attention(q, k, v, is_causal=length > 1, **shared)
@@ -119,12 +119,15 @@ def _split(x: torch.Tensor, start: int, end: int, count: int) -> torch.Tensor:
     return piece if count == 1 else piece[0].unflatten(1, (count, -1)).transpose(0, 1)
 
 
-def _band(length: int, prefix: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """bool [length, prefix + length]: what each token of a continuation may see."""
-    row = torch.arange(prefix, prefix + length, device=device)[:, None]
-    column = torch.arange(prefix + length, device=device)[None]
-    mask = column <= row
-    return mask if window is None else mask & (column > row - window)
+@lru_cache(maxsize=512)
+def _band(length: int, prefix: int, window: int | None, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """What each token of a continuation may see, [length, prefix + length]: 0, and -inf elsewhere. Kept, for every layer
+    and many segments ask for the same; made outside inference mode, so that training may meet it too."""
+    with torch.inference_mode(False):
+        row = torch.arange(prefix, prefix + length, device=device)[:, None]
+        column = torch.arange(prefix + length, device=device)[None]
+        seen = column <= row if window is None else (column <= row) & (column > row - window)
+        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
 
 
 def why_not_packable(model: Any) -> str:

@@ -22,6 +22,8 @@ from .logprobs import backbone, head_logprobs, hidden_states, linear_head, posit
 from .packed import Segment, packed_attention, packed_hidden, why_not_packable
 
 log = logging.getLogger("fairlead")
+LEAST_SHARED = 4
+"""Common tokens below which sharing a beginning costs more calls of attention than it saves."""
 _own_pooling: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
 
@@ -200,11 +202,14 @@ class RewardBatcher:
         )  # fmt: skip
 
 
-def classifier_scores(model: Any, sequences: Sequence[Sequence[int]], token_budget: int | None = None) -> torch.Tensor:
+def classifier_scores(
+    model: Any, sequences: Sequence[Sequence[int]], token_budget: int | None = None, groups: Sequence[Any] | None = None
+) -> torch.Tensor:
     """Logits float32 [S, C] of a Hugging Face sequence classifier, in input order, on the CPU.
 
     A decoder's head is applied to the last real token, whatever its id; packed where the model can. Others (encoders
-    with their own pooling) run as they are on length-sorted padded batches.
+    with their own pooling) run as they are on length-sorted padded batches. groups: one value per sequence, equal for
+    answers to one prompt; what the sequences of a group begin with in common is run once where rows are packed.
     """
     from fairlead_kernels import best_fit
 
@@ -221,8 +226,9 @@ def classifier_scores(model: Any, sequences: Sequence[Sequence[int]], token_budg
     try:
         with torch.inference_mode():
             if packs:
-                rows = best_fit([len(s) for _, s in pairs], budget, allow_oversize=True)
-                batches: Iterator[_Batch] = (_packed_row(pairs, [[i] for i in row]) for row in rows)
+                units = _shared_units(pairs, groups, budget)
+                rows = best_fit([tokens for tokens, _ in units], budget, allow_oversize=True)
+                batches: Iterator[_Batch] = (_packed_row(pairs, [units[i][1] for i in row]) for row in rows)
             else:
                 batches = _padded(pairs, budget)
             for batch in batches:
@@ -260,6 +266,24 @@ def _units(flat: list[tuple[list[int], list[int]]], members: list[int], budget: 
             units[-1] = (units[-1][0] + size, [*units[-1][1], member])
         else:
             units.append((prompt + size, [member]))
+    return units
+
+
+def _shared_units(pairs: list[tuple[list[int], list[int]]], groups: Sequence[Any] | None, budget: int) -> list[tuple[int, list[int]]]:
+    """Units of sequences ([], ids); those of a group are split in place into their common beginning and the rest."""
+    members: dict[Any, list[int]] = {}
+    for i in range(len(pairs)):
+        members.setdefault(i if groups is None else groups[i], []).append(i)
+    units: list[tuple[int, list[int]]] = []
+    for group in members.values():
+        first, last = min(pairs[i][1] for i in group), max(pairs[i][1] for i in group)
+        shared = next((k for k, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+        shared = min(shared, min(len(pairs[i][1]) for i in group) - 1)  # each keeps a last token of its own
+        if len(group) > 1 and shared >= LEAST_SHARED:
+            for i in group:
+                ids = pairs[i][1]
+                pairs[i] = (ids[:shared], ids[shared:])
+        units += _units(pairs, group, budget)
     return units
 
 

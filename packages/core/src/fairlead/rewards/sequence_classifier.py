@@ -63,9 +63,10 @@ class SequenceClassifierReward(Reward):
         model, tokenizer = self._model()
         pairs = [tuple(self._ids(tokenizer, str(p), str(r))) for p, r in zip(prompts, responses, strict=True)]
         # Equal pairs are scored once: candidates often coincide, and their scores must not differ by a rounding.
-        distinct = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
+        asked = dict(zip(pairs, map(str, prompts), strict=True))
+        distinct = {pair: place for place, pair in enumerate(asked)}
         budget = max(self.config.token_budget, max(map(len, pairs)))
-        scores_MC = classifier_scores(model, [list(pair) for pair in distinct], token_budget=budget)
+        scores_MC = classifier_scores(model, [list(pair) for pair in distinct], token_budget=budget, groups=list(asked.values()))
         logits_NC = scores_MC[[distinct[pair] for pair in pairs]]
         if logits_NC.shape[1] == 1:
             return logits_NC[:, 0]
