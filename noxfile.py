@@ -10,7 +10,14 @@ from pathlib import Path
 import nox
 
 ROOT = Path(__file__).parent
-DISTRIBUTIONS = ["kernels", "packages/core", "packages/watermark", "packages/decoding", "packages/zoo"]
+DISTRIBUTIONS = [
+    "kernels",
+    "packages/core",
+    "packages/watermark",
+    "packages/decoding",
+    "packages/training",
+    "packages/zoo",
+]
 TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "scikit-learn", "peft", "import-linter", "latex2mathml", "pyyaml"]
 SERVING = ["fastapi", "uvicorn", "prometheus-client", "openai", "httpx", "schemathesis"]
 FORMATTED = ["noxfile.py", "docs", "tests", "plugins"]

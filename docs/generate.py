@@ -20,7 +20,7 @@ from fairlead import registry
 from fairlead.cli import cli
 
 HERE = Path(__file__).resolve().parent
-OURS = ("fairlead", "fairlead-watermark", "fairlead-decoding", "fairlead-zoo")
+OURS = ("fairlead", "fairlead-watermark", "fairlead-decoding", "fairlead-training", "fairlead-zoo")
 NOTE = "<!-- made by docs/generate.py; do not edit -->\n\n"
 PAGES = {
     "watermark-alignment-resampling": "alignment-resampling",
@@ -62,7 +62,8 @@ def command_line() -> str:
 
 def page_of(method: Any) -> str:
     """The page, in docs/methods, that describes a method."""
-    return PAGES.get(method.name, "rewards" if method.kind == "reward" else method.name)
+    shared = {"reward": "rewards", "objective": "objectives"}
+    return PAGES.get(method.name, shared.get(method.kind, method.name))
 
 
 def ours() -> list[Any]:

@@ -8,7 +8,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DISTRIBUTIONS = ("kernels", "packages/core", "packages/watermark", "packages/decoding", "packages/zoo")
+DISTRIBUTIONS = (
+    "kernels",
+    "packages/core",
+    "packages/watermark",
+    "packages/decoding",
+    "packages/training",
+    "packages/zoo",
+)
 LEFT_OUT = {"build", "dist", "runs", "site", "venv", "__pycache__"}
 
 

@@ -36,7 +36,7 @@ def test_imports_point_one_way() -> None:
     ],
 )
 def test_an_import_against_the_arrow_is_caught(package: str, imported: str, tmp_path: Path) -> None:
-    for name in ("fairlead", "fairlead_watermark", "fairlead_decoding", "fairlead_zoo"):
+    for name in ("fairlead", "fairlead_watermark", "fairlead_decoding", "fairlead_training", "fairlead_zoo"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(
             f"import {imported}\n" if name == package else "", encoding="utf-8"
@@ -59,7 +59,7 @@ def test_no_source_is_beyond_the_linter() -> None:
 def test_siblings_are_not_reached_through_import_module() -> None:
     """importlib hides an import from the linter; by name the registry is the way."""
     siblings = {"packages/watermark": "fairlead_watermark", "packages/decoding": "fairlead_decoding"}
-    siblings["packages/zoo"] = "fairlead_zoo"
+    siblings |= {"packages/training": "fairlead_training", "packages/zoo": "fairlead_zoo"}
     pairs = [(d, s) for d in siblings for other, s in siblings.items() if other != d]
     for distribution, sibling in [*pairs, ("kernels", "fairlead"), ("packages/core", "fairlead_decoding")]:
         for path in (ROOT / distribution / "src").rglob("*.py"):

@@ -100,4 +100,12 @@ def test_contract(contract: type, check: str) -> None:
 
 
 def test_every_kind_that_has_methods_has_a_contract() -> None:
-    assert {m.kind for m in registry.methods()} <= {"watermark", "reward", "guard", "recipe", "decoder", "rewriter"}
+    assert {m.kind for m in registry.methods()} <= {
+        "watermark",
+        "reward",
+        "guard",
+        "recipe",
+        "decoder",
+        "rewriter",
+        "objective",
+    }

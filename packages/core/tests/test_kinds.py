@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from fairlead import kinds, stats
 from fairlead.errors import InputError, UnknownNameError
 from fairlead.kinds import (
     Evaluation,
-    LossOutput,
     Metric,
     Objective,
     Protector,
@@ -47,42 +47,66 @@ class PairLoss(Objective):
 
     needs = ("ref_logp", "role")
 
-    def __call__(self, batch: SequenceStats) -> LossOutput:
-        batch.require(*self.needs)
+    def items(self, batch: SequenceStats) -> tuple[torch.Tensor, dict[str, float]]:
         assert batch.ref_logp is not None and batch.role is not None
         ratio = batch.logp - batch.ref_logp
         margin = ratio[batch.role == 1] - ratio[batch.role == -1]
-        losses = -logsigmoid(margin)
-        return LossOutput(losses.mean(), losses, {"margin": float(margin.detach().mean())})
+        return -logsigmoid(margin), {"margin": float(margin.detach().mean())}
 
 
 def pairs(*logps: float) -> SequenceStats:
     count = len(logps)
     return SequenceStats(
-        logp=torch.tensor(logps), length=torch.ones(count, dtype=torch.int64), ref_logp=torch.zeros(count),
+        logp=torch.tensor(logps, dtype=torch.float32), length=torch.ones(count, dtype=torch.int64), ref_logp=torch.zeros(count),
         role=torch.tensor([1, -1] * (count // 2)),
     )  # fmt: skip
 
 
 def test_an_objectives_gradient_per_sequence_is_that_of_its_loss() -> None:
-    found = PairLoss().with_gradient(pairs(-1.0, -2.0, -3.0, -1.5))
-    assert found.dlogp is not None and not found.loss.requires_grad
+    found = PairLoss()(pairs(-1.0, -2.0, -3.0, -1.5))
+    assert not found.loss.requires_grad and not found.dlogp.requires_grad
     slope = torch.sigmoid(torch.tensor([-1.0, 1.5])) / 2
     torch.testing.assert_close(found.dlogp, torch.stack([-slope, slope], 1).flatten())
+    torch.testing.assert_close(found.loss, found.per_item.mean())
     assert found.metrics == {"margin": pytest.approx(-0.25)}
 
 
+def test_the_loss_is_differentiable_where_the_log_probabilities_are() -> None:
+    logp = torch.tensor([-1.0, -2.0], requires_grad=True)
+    found = PairLoss()(replace(pairs(0, 0), logp=logp))
+    found.loss.backward()
+    torch.testing.assert_close(logp.grad, found.dlogp)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            out = PairLoss()(pairs(-1.0, -2.0))
+            assert not bool((out.dlogp == 0).any())
+            assert not out.loss.requires_grad
+
+
 def test_chunks_sent_backward_with_the_gradient_per_sequence_equal_the_whole() -> None:
-    features, weight = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(3, requires_grad=True)
+    features, weight = -torch.rand(4, 3, generator=torch.Generator().manual_seed(0)), torch.ones(3, requires_grad=True)
     batch = pairs(0, 0, 0, 0)
-    PairLoss()(SequenceStats(features @ weight, batch.length, batch.ref_logp, role=batch.role)).loss.backward()
+    PairLoss()(replace(batch, logp=features @ weight)).loss.backward()
     whole = weight.grad
     weight.grad = None
-    dlogp = PairLoss().with_gradient(SequenceStats((features @ weight).detach(), batch.length, batch.ref_logp, role=batch.role)).dlogp
-    assert dlogp is not None
+    dlogp = PairLoss()(replace(batch, logp=(features @ weight).detach())).dlogp
     for chunk in (slice(0, 3), slice(3, 4)):
         (features[chunk] @ weight * dlogp[chunk]).sum().backward()
     torch.testing.assert_close(weight.grad, whole)
+
+
+def test_roles_are_names_labels_or_numbers() -> None:
+    def role(value: Any) -> list[int]:
+        found = SequenceStats(torch.zeros(3), torch.ones(3), role=value).role
+        assert found is not None and found.dtype == torch.int64
+        return found.tolist()
+
+    assert role(["chosen", "rejected", "neither"]) == [1, -1, 0]
+    assert role([True, False, False]) == role(torch.tensor([True, False, False])) == [1, -1, -1]
+    assert role([1, 0, -1]) == [1, 0, -1]
+    for wrong, match in ((["chosen", "best", "x"], "'best'"), ([2, 0, 0], "2 for sequence 0"), ([0.5, 0, 0], "role")):
+        with pytest.raises(InputError, match=match):
+            role(wrong)
 
 
 def test_a_batch_that_lacks_a_column_or_has_one_of_another_length_is_refused() -> None:
@@ -91,10 +115,45 @@ def test_a_batch_that_lacks_a_column_or_has_one_of_another_length_is_refused() -
         PairLoss()(bare)
     with pytest.raises(InputError, match=r"reward.*\[3\].*2 sequences"):
         SequenceStats(torch.zeros(2), torch.ones(2), reward=torch.zeros(3))
+    with pytest.raises(InputError, match=r"token_logp.*\[3, 4\].*2 sequences"):
+        SequenceStats(torch.zeros(2), torch.ones(2), extra={"token_logp": torch.zeros(3, 4)})
     with pytest.raises(InputError, match=r"\[S\]"):
         SequenceStats(torch.zeros(2, 2), torch.ones(2, 2))
+    with pytest.raises(InputError, match="whole numbers"):
+        SequenceStats(torch.zeros(2), torch.ones(2), group=torch.zeros(2))
+    with pytest.raises(InputError, match="float32 or float64"):
+        SequenceStats(torch.zeros(2, dtype=torch.bfloat16), torch.ones(2))
     with pytest.raises(InputError, match="keeps no state"):
         PairLoss().load_state_dict({"delta": 1})
+
+
+def test_numbers_that_no_model_gives_are_refused() -> None:
+    good = pairs(-1.0, -2.0)
+    for wrong, match in (
+        (replace(good, logp=torch.tensor([-1.0, float("nan")])), "logp.*nan for sequence 1"),
+        (replace(good, ref_logp=torch.tensor([-float("inf"), 0.0])), "ref_logp.*-inf for sequence 0"),
+        (replace(good, length=torch.tensor([3, 0])), "length.*0 for sequence 1"),
+    ):
+        with pytest.raises(InputError, match=match) as error:
+            PairLoss()(wrong)
+        assert "\n" not in str(error.value)
+    with pytest.warns(UserWarning, match="above zero"):
+        PairLoss()(pairs(0.5, -1.0))
+
+
+class Nothing(Objective):
+    """No item at all."""
+
+    def items(self, batch: SequenceStats) -> tuple[torch.Tensor, dict[str, float]]:
+        return batch.logp.new_zeros(0), {}
+
+
+def test_a_batch_without_an_item_costs_nothing_and_moves_nothing() -> None:
+    logp = torch.tensor([-1.0, -2.0], requires_grad=True)
+    found = Nothing()(SequenceStats(logp, torch.ones(2)))
+    found.loss.backward()
+    assert found.loss.item() == 0
+    assert found.dlogp.tolist() == [0, 0]
 
 
 class Upper(Rewriter):

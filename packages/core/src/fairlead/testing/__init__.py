@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import MissingDependencyError
 
-_CONTRACTS = ("watermark_contract", "reward_contract", "guard_contract", "decoder_contract", "rewriter_contract", "recipe_contract", "registered_contract")
+_CONTRACTS = ("watermark_contract", "reward_contract", "guard_contract", "decoder_contract", "rewriter_contract", "objective_contract", "recipe_contract", "registered_contract")
 _TINY = ("tiny_model", "save_tiny_model")
 __all__ = [*_CONTRACTS, *_TINY]
 

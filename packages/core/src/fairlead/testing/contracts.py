@@ -18,6 +18,7 @@ from ..errors import FairleadError
 from ..keys import new_key_file
 from ..kinds import Detection, WatermarkProfile, abstract_class
 from ..kinds.decoder import DecodingError
+from .objectives import objective_contract as objective_contract
 from .tiny import VOCABULARY, tiny_model
 
 SECRET = 0x5EC2E7C0FFEE1234

@@ -40,6 +40,8 @@ def _contracts(method: Method, given: Given) -> list[type]:
         found.append(contracts.watermark_contract(make))
     elif method.kind == "decoder":
         found.append(contracts.decoder_contract(make))
+    elif method.kind == "objective":
+        found.append(contracts.objective_contract(make))
     elif method.kind == "rewriter":
         found.append(contracts.rewriter_contract(make, **{k: v for k, v in texts.items() if k == "prompts"}))
     elif method.kind == "reward":

@@ -1,0 +1,39 @@
+"""fairlead_training: objectives for language models, one signature for all of them.
+
+Attributes are imported on first use. Objectives are reached by name, `fairlead.registry.create("objective", "dpo")`, or as
+classes in `fairlead_training.objectives`; losses of logits are functions here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_LAZY: dict[str, str] = {
+    "fkl": "objectives.distillation",
+    "rkl": "objectives.distillation",
+    "gkd": "objectives.distillation",
+    "tvd": "objectives.distillation",
+    "tvdpp": "objectives.distillation",
+    "tvdpp_sampled": "objectives.distillation",
+    "wpo_weight": "objectives.pairwise",
+    "agreement": "objectives.cyclealign",
+    "PairObjective": "objectives.common",
+    "MarginObjective": "objectives.common",
+}
+_MODULES = ("objectives",)
+__all__ = ["__version__", *_LAZY, *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Objectives by family; each class reads SequenceStats and states its equation. Importing this imports none of them."""

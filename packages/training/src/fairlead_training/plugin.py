@@ -1,0 +1,65 @@
+"""The plugin of fairlead-training: what it registers."""
+
+from __future__ import annotations
+
+from fairlead.hookspecs import Register, hookimpl
+
+_TRAINS = ("stage.training", "access.gradients", "modality.text")
+_PAIRS = (*_TRAINS, "goal.preferences.human_feedback", "paradigm.direct")
+_DEMONSTRATIONS = (*_TRAINS, "goal.preferences.demonstrations", "paradigm.sft")
+_ON_POLICY = (*_TRAINS, "goal.preferences", "paradigm.group_rl")
+
+
+@hookimpl
+def fairlead_objectives(register: Register) -> None:
+    for name, factory, paper, summary in (
+        ("dpo", "pairwise:DPO", "2305.18290", "pairs: logistic loss of the difference of log-ratios"),
+        ("cdpo", "pairwise:CDPO", "2305.18290", "pairs: dpo with smoothed labels"),
+        ("robust", "pairwise:RobustDPO", "2403.00409", "pairs: dpo, unbiased when a known share of labels is swapped"),
+        ("ipo", "pairwise:IPO", "2310.12036", "pairs: squared distance of the difference of token-mean log-ratios to 1/(2 beta)"),
+        ("ipo-sum", "pairwise:IPOSum", "2310.12036", "pairs: the same on sums, as published"),
+        ("hinge", "pairwise:Hinge", "2309.06657", "pairs: hinge of the difference of log-ratios (RSO)"),
+        ("exo-pair", "pairwise:ExoPair", "2402.00856", "pairs: reverse KL to the smoothed label"),
+        ("nca-pair", "pairwise:NCAPair", "2402.05369", "pairs: noise-contrastive, holds the chosen sequence up"),
+        ("bco-pair", "pairwise:BCOPair", "2404.04656", "pairs: both sides classified alone, a bound of dpo"),
+        ("sppo-hard", "pairwise:SPPOHard", "2405.00675", "pairs: each log-ratio towards +-1/(2 beta)"),
+        ("aot", "pairwise:AOT", "2406.05882", "pairs: dpo on sorted margins of the batch, stochastic dominance"),
+        ("aot-unpaired", "pairwise:AOTUnpaired", "2406.05882", "pairs: dpo on the two sorted sets of log-ratios"),
+        ("apo-zero", "pairwise:APOZero", "2408.06266", "pairs: anchored; lifts the chosen and lowers the rejected"),
+        ("apo-down", "pairwise:APODown", "2408.06266", "pairs: anchored; lowers the chosen, and the rejected more"),
+        ("discopop", "pairwise:DiscoPOP", "2406.08414", "pairs: a found mixture of logistic and exponential loss"),
+        ("sigmoid-norm", "pairwise:SigmoidNorm", "2411.15124", "pairs: dpo on token-mean log-ratios"),
+        ("f-dpo", "pairwise:FDPO", "2309.16240", "pairs: dpo under forward KL, Jensen-Shannon or alpha divergence"),
+        ("r-dpo", "pairwise:RDPO", "2403.19159", "pairs: dpo with a length penalty"),
+        ("dpop", "pairwise:DPOP", "2402.13228", "pairs: dpo with a penalty where the chosen falls below its reference"),
+        ("rpo", "pairwise:RPO", "2404.19733", "pairs: dpo with the likelihood of the chosen sequence"),
+        ("wpo", "pairwise:WPO", "2406.11827", "pairs: any pair objective, weighted by how likely the policy is to write the pair"),
+        ("ld-dpo", "pairwise:LDDPO", "2409.06411", "pairs: dpo with less weight beyond the shorter length"),
+        ("simpo", "reference_free:SimPO", "2405.14734", "pairs, no reference: logistic loss of token means with a margin"),
+        ("alphapo", "reference_free:AlphaPO", "2501.03884", "pairs, no reference: simpo with a shaped reward"),
+        ("orpo", "reference_free:ORPO", "2403.07691", "pairs, no reference: likelihood of the chosen and an odds ratio"),
+        ("cpo", "reference_free:CPO", "2401.08417", "pairs, no reference: logistic loss of sums and the chosen's likelihood"),
+        ("cpo-ipo", "reference_free:CPOIPO", "2401.08417", "pairs, no reference: squared loss of token means"),
+        ("slic", "reference_free:SLiC", "2305.10425", "pairs, no reference: hinge of sums and the chosen's likelihood"),
+        ("logo", "logo:LOGO", "2410.18533", "one chosen over several rejected, no reference"),
+        ("rrhf", "cyclealign:RRHF", "2304.05302", "lists: hinges over all ordered pairs and the best's likelihood"),
+        ("pro", "ranking:PRO", "2306.17492", "lists: likelihood of the ranking, with temperatures from rewards"),
+        ("plackett-luce", "ranking:PlackettLuce", "2306.17492", "lists: likelihood of the ranking by token means"),
+        ("dpo-list", "ranking:DPOList", "2305.18290", "lists: likelihood of the ranking by log-ratios; pairs give dpo"),
+        ("aft", "aft:AFT", "2309.02144", "groups of right and wrong chains of thought, with a boundary below"),
+        ("kto", "unpaired:KTO", "2402.01306", "unpaired labels: prospect-theoretic value against a moving zero point"),
+        ("bco", "bco:BCO", "2404.04656", "unpaired labels: binary classifier of the implicit reward, shifted"),
+    ):
+        register(name, f"fairlead_training.objectives.{factory}", paper=paper, summary=summary, tags=_PAIRS)
+    for name, factory, paper, summary in (
+        ("sft", "reference_free:SFT", "", "the chosen sequences' likelihood, mean over the batch's tokens"),
+        ("poft", "poft:PoFT", "2412.12865", "demonstrations: beat the likelihood of aligned models on each of them"),
+    ):
+        register(name, f"fairlead_training.objectives.{factory}", paper=paper, summary=summary, tags=_DEMONSTRATIONS)
+    for name, factory, paper, summary in (
+        ("reinforce", "policy_gradient:Reinforce", "2402.14740", "sampled sequences: advantage times log-probability"),
+        ("rloo", "policy_gradient:RLOO", "2402.14740", "groups of samples: the others' mean reward as baseline"),
+        ("grpo", "policy_gradient:GRPO", "2402.03300", "groups of samples: normalised rewards, clipped token ratios"),
+        ("gspo", "policy_gradient:GSPO", "2507.18071", "groups of samples: normalised rewards, clipped sequence ratios"),
+    ):
+        register(name, f"fairlead_training.objectives.{factory}", paper=paper, summary=summary, tags=_ON_POLICY)
