@@ -16,6 +16,8 @@ _LAZY = {
     "FairleadError": "fairlead.errors",
     "SecretKey": "fairlead.keys",
     "Generation": "fairlead.generation",
+    "SequenceStats": "fairlead.kinds.objective",
+    "Budget": "fairlead.decoding",
     "fisher": "fairlead.curvature",
     "Run": "fairlead.runs",
 }
