@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -54,7 +55,7 @@ def test_the_score_is_log_probability_plus_lambda_times_the_heuristic(lam: float
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_beam_without_weight_is_transformers_beam_search(seed: int) -> None:
-    model = tiny_model(seed=seed).double()
+    model = copy.deepcopy(tiny_model(seed=seed)).double()
     expected = model.generate(
         PROMPT[None], attention_mask=torch.ones(1, 3, dtype=torch.long), num_beams=3, do_sample=False, max_new_tokens=10, length_penalty=0.0,
         return_dict_in_generate=True, output_scores=True,
@@ -201,3 +202,35 @@ def test_a_beam_finds_more_than_greed_on_a_random_world() -> None:
     found = {(b, s): decode(DeAL(lam=0, beam=b, top_k=8), model, 8, prompts=[torch.tensor([s + 1])]).generations[0] for b, s in pairs}
     gains = [found[4, s].provenance["score"] - found[1, s].provenance["score"] for s in range(4)]
     assert max(gains) > 0
+
+
+def beam_by_hand(model: Any, prompt: torch.Tensor, beam: int, k: int, room: int, ends: set[int]) -> tuple[list[int], float]:
+    """Beam search without heuristics, one text at a time: finished answers leave the beam, which shrinks by them."""
+    live: list[tuple[list[int], float]] = [([], 0.0)]
+    pool: list[tuple[list[int], float]] = []
+    width = beam
+    while live:
+        grown = []
+        for tokens, total in live:
+            with torch.inference_mode():
+                logp = model(input_ids=torch.cat([prompt, torch.tensor(tokens, dtype=torch.int64)])[None]).logits[0, -1].log_softmax(-1)
+            values, found = logp.topk(k)
+            grown += [([*tokens, int(t)], total + float(v)) for v, t in zip(values, found, strict=True)]
+        picked = sorted(grown, key=lambda item: -item[1])[:width]
+        done = [item for item in picked if item[0][-1] in ends]
+        width -= len(done)
+        cut = [item for item in picked if item not in done and len(item[0]) == room]
+        pool += done + cut
+        live = [item for item in picked if item not in done and item not in cut]
+    return max(pool, key=lambda item: item[1])
+
+
+@pytest.mark.parametrize("prompt", [1, 2, 3, 4, 5, 6])
+def test_answers_that_end_leave_the_beam_which_shrinks_by_them(prompt: int) -> None:
+    model, ends = copy.deepcopy(tiny_model()).double(), set(range(0, 64, 3))
+    ids, score = beam_by_hand(model, torch.tensor([prompt]), 4, 4, 8, ends)
+    made = decode(DeAL(lam=0, beam=4, top_k=4), model, 8, prompts=[torch.tensor([prompt])], ends=sorted(ends))
+    pool = made.candidates[0]
+    assert made.generations[0].ids.tolist() == ids
+    assert made.generations[0].provenance["score"] == pytest.approx(score, abs=1e-5)
+    assert len(pool) == 4  # every place of the beam ends once: as a finished answer or at the limit

@@ -111,3 +111,10 @@ def test_a_prompt_longer_than_the_context_is_named_and_the_others_are_answered(a
     message = said(run(long, "--model", tiny_folder, "--out", out, "--batch-size", "3", *options("best-of-n")))
     assert "1 broken line was left out" in message
     assert len(rows(out)) == 2
+
+
+def test_an_empty_file_of_prompts_is_said_and_leaves_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+    empty, out = tmp_path / "empty.txt", tmp_path / "out.jsonl"
+    empty.write_text("", encoding="utf-8")
+    assert "empty.txt: holds no prompts" in said(run(empty, "--model", tiny_folder, "--out", out, *options("args")))
+    assert not out.exists()

@@ -84,6 +84,8 @@ def generate(
     skipped = records.Skipped()
     rows = records.read(prompts if prompts == "-" else resolve(prompts), "raise" if bad_lines == "stop" else "skip", skipped)
     first = next(rows, None)  # a wrong path should be said before a model is loaded
+    if first is None and not skipped.count:
+        raise InputError(f"{'standard input' if prompts == '-' else prompts}: holds no prompts; give one a line, or a JSONL or Parquet file")
     loaded, tokenizer = load(model)
     mark = None if name is None else build(name, settings, key_file, logits_width(loaded))
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
