@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 from types import SimpleNamespace
@@ -335,7 +336,7 @@ def test_greedy_answers_are_those_of_transformers_assisted_generation() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_draft_that_is_the_target_writes_gamma_plus_one_tokens_a_call(temperature: float) -> None:
-    model = tiny_model().double()
+    model = copy.deepcopy(tiny_model()).double()
     try:
         made = Speculative(draft=model, gamma=4).generate(model, None, prompts(5, 8), temperature=temperature, max_new_tokens=20)
     finally:
@@ -351,7 +352,7 @@ def test_a_draft_that_is_the_target_writes_gamma_plus_one_tokens_a_call(temperat
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "top_p": 0.9}, {"min_new_tokens": 6, "ends": [1, 2, 3, 4]}, {"temperature": 0.0}])
 def test_a_ragged_batch_is_its_prompts_one_by_one(options: dict[str, Any]) -> None:
-    target = tiny_model().double()
+    target = copy.deepcopy(tiny_model()).double()
     try:
         decoder, asked = Speculative(draft=perturbed(target, 0.1), gamma=3), prompts(5, 9, 3, 12, 7)
         decoder.config.draft.double()

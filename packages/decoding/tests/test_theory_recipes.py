@@ -78,3 +78,15 @@ def test_training_reaches_the_optimum_that_exact_tilting_gives() -> None:
     assert found["kl"] == pytest.approx(0.5, abs=0.02)
     assert found["rates"][0] == pytest.approx(theory.frontier("identity", kl=found["kl"]).standard, abs=0.03)
     assert len(found["path"]) == 150 and json.dumps(found)
+
+
+def test_the_exact_error_is_that_of_many_sets_of_draws_and_sees_what_was_not_drawn() -> None:
+    from fairlead_decoding.recipes.bon_asymptotics import exact_error
+
+    p, r = np.array([0.5, 0.3, 0.19, 0.01]), np.array([0.0, 1.0, 1.5, 4.0])
+    draws = np.random.default_rng(0).choice(r, size=(3000, 400), p=p)
+    for n in (2, 4):
+        spread = np.std(theory.best_of_n_reward(draws, n))
+        assert exact_error(np.log(p), r, n, 400) == pytest.approx(float(spread), rel=0.1)
+    rare = np.array([1 - 1e-6, 1e-6])
+    assert exact_error(np.log(rare), np.array([0.0, 1.0]), 16, 4096) > 1e-4  # where the bootstrap of 4096 equal draws says 0

@@ -98,12 +98,25 @@ def measure_model(config: BonAsymptoticsConfig, seed: int) -> dict[str, Any]:
                     "seed": seed, "table": table, "n": n, "largest": float(np.exp(log_p.max())), "kl": kl,
                     "estimate": float(np.exp(log_pi) @ theory.bon_kl_estimate(log_p, n)), "bound": theory.bon_kl_bound(n),
                     "reward": float(theory.expected(log_pi, r)), "sampled": sampled, "low": min(low, sampled),
-                    "high": max(high, sampled), "se": float(replicates[:, place].std(ddof=1)),
+                    "high": max(high, sampled), "se": max(float(replicates[:, place].std(ddof=1)), exact_error(log_p, r, n, len(index))),
                     "win": float(theory.bon_win_rate(log_p, r, n)), "tilt": float(theory.expected(phi, r)), "alpha": alpha,
                     "apart": float(theory.kl_divergence(log_pi, phi)),
                 }
             )  # fmt: skip
     return {"largest": cells[0]["largest"], "cells": cells}
+
+
+def exact_error(log_p: np.ndarray, r: np.ndarray, n: int, samples: int) -> float:
+    """Standard error of eq. 12 to leading order, n sd(h) / sqrt(samples) with h(y) = E max(r(y), best of n - 1 others), from
+    the exact law. The bootstrap knows only what was drawn: on a peaked model it may see no spread where a better answer is rare."""
+    order = np.argsort(r, kind="stable")
+    rewards, law = r[order], np.exp(log_p[order])
+    if n == 1:
+        return float(np.sqrt(law @ (rewards - law @ rewards) ** 2 / samples))
+    others = np.exp(theory.bon_log_pmf(log_p, r, n - 1))[order]
+    above = np.cumsum((others * rewards)[::-1])[::-1] - others * rewards
+    h = np.cumsum(others) * rewards + above
+    return n * float(np.sqrt(law @ (h - law @ h) ** 2 / samples))
 
 
 def models_section(run: Run, cells: list[dict[str, Any]], problems: dict[str, tuple[Any, Any]], config: BonAsymptoticsConfig) -> None:
