@@ -1,0 +1,1 @@
+"""Recipes: the papers' effects at small scale."""
