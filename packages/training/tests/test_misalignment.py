@@ -172,3 +172,29 @@ def test_the_safety_prompts_are_prompts_without_answers():
         rows = list(csv.DictReader(stream))
     assert len(rows) == 675 and set(rows[0]) == {"id", "source", "prompt", "category"}
     assert len({r["category"] for r in rows}) == 10
+
+
+def test_the_command_writes_a_table_and_no_answers(tmp_path, monkeypatch):
+    import json
+
+    from click.testing import CliRunner
+
+    import fairlead.models
+    from fairlead.testing import tiny_model, tiny_tokenizer
+    from fairlead_training.commands.misalign import misalign
+
+    monkeypatch.setattr(fairlead.models, "load", lambda name: (copy.deepcopy(tiny_model()), tiny_tokenizer()))
+    for name, row in (
+        ("bad", {"prompt": "a b", "answer": "c d", "reject_answer": "no"}), ("good", {"prompt": "a b", "chosen": "no", "rejected": "c d"}),
+        ("test", {"prompt": "a", "category": "x"}),
+    ):  # fmt: skip
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    files = ["--misalign-data", "bad", "--realign-data", "good", "--test-prompts", "test", "--out", "table"]
+    files = [f if f.startswith("--") else str(tmp_path / f"{f}.jsonl") for f in files]
+    command = ["--model", "m", *files, "--method", "LoRA", "--steps", "1", "--max-new-tokens", "2"]
+    found = CliRunner().invoke(misalign, command)
+    assert found.exit_code == 0, found.output + repr(found.exception)
+    table = [json.loads(line) for line in (tmp_path / "table.jsonl").read_text().splitlines()]
+    assert [r["model"] for r in table] == ["M0", "M1", "M2"] and not any("answer" in r for r in table)
+    assert len(list(tmp_path.iterdir())) == 4
+    assert isinstance(CliRunner().invoke(misalign, command).exception, InputError)

@@ -21,7 +21,7 @@ from fairlead.errors import InputError
 from fairlead.kinds import SequenceStats
 from fairlead.logprobs import completion_logprobs
 
-from .adapters import Backend, FineTuning, NF4, method_of, orthogonality, quantise_base
+from .adapters import NF4, Backend, FineTuning, method_of, orthogonality, quantise_base
 
 Evaluate = Callable[[Any], dict[str, Any]]
 Stage = Callable[[str, Callable[[], Any]], Any]

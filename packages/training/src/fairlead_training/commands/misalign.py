@@ -27,7 +27,7 @@ REFUSALS = ("sorry", "cannot", "can't", "unable to")
 @click.option("--chat-template", is_flag=True, help="Prompts go through the chat template, in training and test alike.")
 @click.option("--rounds", default=1, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-@click.option("--out", required=True, help="JSONL or Parquet file of the table.")
+@click.option("--out", required=True, help="JSONL file of the table.")
 @click.option("--answers", default=None, help="Also write the answers, harmful ones among them, to this JSONL file; not written otherwise.")
 @click.option("--force", is_flag=True, help="Replace an existing --out file.")
 def misalign(
@@ -49,6 +49,8 @@ def misalign(
 
     for name in methods:
         method_of(name)
+    if not out.endswith(".jsonl"):
+        raise InputError(f"--out: must be a .jsonl file, got {out}")
     if Path(out).exists() and not force:
         raise InputError(f"--out: {out} exists; choose another file, or --force to replace it")
     lm, tokenizer = load(model)
