@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import itertools
 import math
 import os
 from pathlib import Path
@@ -89,7 +90,7 @@ def test_quantising_twice_changes_nothing_and_errs_by_half_a_gap_at_most(seed, s
     weight = torch.randn(size, generator=torch.Generator().manual_seed(seed))
     once = adapters.fake_quantise(weight, levels)
     assert torch.equal(adapters.fake_quantise(once, levels), once)
-    gap = max(b - a for a, b in zip(levels, levels[1:], strict=False))
+    gap = max(b - a for a, b in itertools.pairwise(levels))
     for start in range(0, size, 64):
         block = slice(start, start + 64)
         assert (once - weight)[block].abs().max() <= gap / 2 * weight[block].abs().max() + 1e-6
@@ -174,16 +175,15 @@ def test_the_safety_prompts_are_prompts_without_answers():
     assert len({r["category"] for r in rows}) == 10
 
 
-def test_the_command_writes_a_table_and_no_answers(tmp_path, monkeypatch):
+def test_the_command_writes_a_table_and_no_answers(tmp_path):
     import json
 
     from click.testing import CliRunner
 
-    import fairlead.models
-    from fairlead.testing import tiny_model, tiny_tokenizer
+    from fairlead.testing import save_tiny_model
     from fairlead_training.commands.misalign import misalign
 
-    monkeypatch.setattr(fairlead.models, "load", lambda name: (copy.deepcopy(tiny_model()), tiny_tokenizer()))
+    save_tiny_model(tmp_path / "model")
     for name, row in (
         ("bad", {"prompt": "a b", "answer": "c d", "reject_answer": "no"}), ("good", {"prompt": "a b", "chosen": "no", "rejected": "c d"}),
         ("test", {"prompt": "a", "category": "x"}),
@@ -191,10 +191,10 @@ def test_the_command_writes_a_table_and_no_answers(tmp_path, monkeypatch):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     files = ["--misalign-data", "bad", "--realign-data", "good", "--test-prompts", "test", "--out", "table"]
     files = [f if f.startswith("--") else str(tmp_path / f"{f}.jsonl") for f in files]
-    command = ["--model", "m", *files, "--method", "LoRA", "--steps", "1", "--max-new-tokens", "2"]
+    command = ["--model", str(tmp_path / "model"), *files, "--method", "LoRA", "--steps", "1", "--max-new-tokens", "2"]
     found = CliRunner().invoke(misalign, command)
     assert found.exit_code == 0, found.output + repr(found.exception)
     table = [json.loads(line) for line in (tmp_path / "table.jsonl").read_text().splitlines()]
     assert [r["model"] for r in table] == ["M0", "M1", "M2"] and not any("answer" in r for r in table)
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.glob("*.jsonl"))) == 4
     assert isinstance(CliRunner().invoke(misalign, command).exception, InputError)
