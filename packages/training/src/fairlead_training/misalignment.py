@@ -105,7 +105,8 @@ def _loop(policy: Any, method: FineTuning, rows: Sequence[Pair], steps: int, lr:
     size = batch_size or len(rows)
     order = torch.Generator().manual_seed(seed)
     reference = _reference(policy, rows) if "ref_logp" in objective.needs and steps else None
-    losses, queue = [], []
+    losses: list[float] = []
+    queue: list[int] = []
     for step in range(steps):
         if len(queue) < size:
             queue += torch.randperm(len(rows), generator=order).tolist() if size < len(rows) else list(range(len(rows)))
