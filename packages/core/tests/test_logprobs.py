@@ -10,7 +10,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 from fairlead.errors import InputError
 from fairlead.logprobs import completion_logprobs, linear_head, perplexity
-from fairlead.packed import why_not_packable
+from fairlead.packed import packed_attention, why_not_packable
 
 SMALL = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "initializer_range": 0.3}  # fmt: skip
@@ -122,3 +122,29 @@ def test_masks_that_do_not_fit_are_refused(llama: Any) -> None:
         completion_logprobs(llama, ids, mask[:, 1:])
     with pytest.raises(InputError, match="padding"):
         completion_logprobs(llama, ids, mask, torch.ones_like(mask))
+
+
+def test_a_head_is_tried_with_the_models_own_attention() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
+    with packed_attention(model):  # plain inputs fail in here
+        assert linear_head(model) is not None
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}])
+def test_a_head_with_an_adapter_counts_in_full(settings: dict[str, Any]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(LlamaForCausalLM(LlamaConfig(**SMALL)), LoraConfig(r=2, **settings)).eval()
+    ids, mask = batch("right")
+    completion_logprobs(model, ids, mask)  # before anything has moved
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
+    for _ in range(2):
+        found = completion_logprobs(model, ids, mask)
+        own = model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+        kept = found.mask_BT[0, 1:]
+        torch.testing.assert_close(found.token_BT[0, 1:][kept], own[kept], rtol=1e-4, atol=1e-4)
+        assert "forward" not in model.get_base_model().lm_head.__dict__
+        model.base_model.disable_adapter_layers()

@@ -1,13 +1,30 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and where those are kept that can be made again."""
 
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+CACHE_VARIABLE = "FAIRLEAD_CACHE"
+
+
+def cache_dir(name: str) -> Path:
+    """`$FAIRLEAD_CACHE/NAME`, else `fairlead/NAME` in the platform's cache directory; not created here."""
+    chosen = os.environ.get(CACHE_VARIABLE, "").strip()
+    if chosen:
+        return Path(chosen).expanduser() / name
+    if sys.platform == "win32":
+        root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        root = Path.home() / "Library" / "Caches"
+    else:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "fairlead" / name
 
 
 @contextmanager

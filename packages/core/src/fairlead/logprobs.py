@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,19 +92,41 @@ def position_logprobs(
     model: Any, inputs: dict[str, Any], places_N: torch.Tensor, targets_N: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
     """log p(target) by the logits at flat positions (row x T + column) of one forward pass over `inputs`: float32 [N]."""
-    head = linear_head(model)
-    if head is not None:
-        hidden_MD = hidden_states(model, inputs).flatten(0, 1)
-        return head_logprobs(head, hidden_MD[places_N], targets_N, temperature)
+    if linear_head(model) is not None:
+        return at_head(model, inputs, lambda hidden_BTD, head: head_logprobs(head, hidden_BTD.flatten(0, 1)[places_N], targets_N, temperature))
     from fairlead_kernels import selective_logprob
 
-    width = inputs["input_ids"].shape[1]
+    return selective_logprob(position_logits(model, inputs, places_N), targets_N, temperature=temperature)
+
+
+def position_logits(model: Any, inputs: dict[str, Any], places_N: torch.Tensor) -> torch.Tensor:
+    """The model's own logits [N, V] at flat positions (row x T + column) of one forward pass."""
     if inputs["input_ids"].shape[0] == 1 and _keeps_indices(model):
-        logits_NV = model(**inputs, use_cache=False, logits_to_keep=places_N).logits[0]
-    else:
-        logits = model(**inputs, use_cache=False).logits
-        logits_NV = logits[places_N // width, places_N % width]
-    return selective_logprob(logits_NV, targets_N, temperature=temperature)
+        logits: torch.Tensor = model(**inputs, use_cache=False, logits_to_keep=places_N).logits[0]
+        return logits
+    width = inputs["input_ids"].shape[1]
+    logits = model(**inputs, use_cache=False).logits
+    return logits[places_N // width, places_N % width]
+
+
+def at_head(model: Any, inputs: dict[str, Any], function: Callable[[torch.Tensor, Head], torch.Tensor]) -> torch.Tensor:
+    """`function(hidden [B, T, D], (weight, bias))` where the model would apply its head, in one call of the whole model.
+
+    The call goes through every wrapper (adapters, data-parallel and sharded ones), so that gradients are synchronised and
+    a sharded head is whole when it is read. For models of `linear_head` only. No cache: with one, transformers lets packed
+    segments see each other.
+    """
+    head = output_head(model)
+    before = head.__dict__.get("forward")
+    head.forward = lambda hidden_BTD: function(hidden_BTD, (head.weight, getattr(head, "bias", None)))
+    try:
+        found: torch.Tensor = model(**inputs, use_cache=False).logits
+        return found
+    finally:
+        if before is None:
+            del head.forward
+        else:
+            head.forward = before
 
 
 def head_logprobs(head: Head, hidden_ND: torch.Tensor, targets_N: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -112,7 +134,11 @@ def head_logprobs(head: Head, hidden_ND: torch.Tensor, targets_N: torch.Tensor, 
     from fairlead_kernels import linear_logprob
 
     weight_VD, bias_V = head
-    return linear_logprob(hidden_ND.to(weight_VD.dtype), weight_VD, targets_N, bias_V, temperature)
+    kind = weight_VD.dtype
+    if torch.is_autocast_enabled(hidden_ND.device.type):
+        kind = torch.get_autocast_dtype(hidden_ND.device.type)
+        weight_VD, bias_V = weight_VD.to(kind), None if bias_V is None else bias_V.to(kind)
+    return linear_logprob(hidden_ND.to(kind), weight_VD, targets_N, bias_V, temperature)
 
 
 def hidden_states(model: Any, inputs: dict[str, Any], **options: Any) -> torch.Tensor:
@@ -123,8 +149,23 @@ def hidden_states(model: Any, inputs: dict[str, Any], **options: Any) -> torch.T
 
 
 def unwrapped(model: Any) -> Any:
-    """The Hugging Face model under PEFT's wrapper (adapters stay in place)."""
+    """The Hugging Face model under the wrappers of accelerate, torch.compile and PEFT (adapters stay in place)."""
+    while not hasattr(model, "config") or hasattr(model, "_orig_mod"):
+        inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+        if inner is None:
+            break
+        model = inner
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def output_head(model: Any) -> Any:
+    """The module that turns hidden states into logits; PEFT's trained copy of it where there is one. None without one."""
+    inner = unwrapped(model)
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    copies = getattr(head, "modules_to_save", None)
+    if head is None or copies is None:
+        return head
+    return head.original_module if head.disable_adapters else copies[head.active_adapters[0]]
 
 
 def backbone(model: Any) -> Any:
@@ -138,11 +179,10 @@ def linear_head(model: Any) -> Head | None:
 
     Found out by running four tokens through model and backbone, once per model.
     """
-    inner = unwrapped(model)
-    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-    if head is None or getattr(head, "weight", None) is None or backbone(model) is inner:
-        return None
-    found: Head = (head.weight, getattr(head, "bias", None))
+    inner, head = unwrapped(model), output_head(model)
+    if not isinstance(head, torch.nn.Linear) or not head.weight.is_floating_point() or backbone(model) is inner:
+        return None  # a quantised head, or one with an adapter, is more than its weight
+    found: Head = (head.weight, head.bias)
     if inner not in _heads:
         _heads[inner] = _is_linear(model, found)
         if not _heads[inner]:

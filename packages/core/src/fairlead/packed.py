@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from .logprobs import backbone, hidden_states, unwrapped
+from .logprobs import backbone, hidden_states, linear_head, unwrapped
 
 log = logging.getLogger("fairlead")
 NAME = "fairlead_packed"
@@ -53,6 +53,7 @@ def packed_hidden(model: Any, ids_N: torch.Tensor, segments: Sequence[Segment]) 
 def packed_attention(model: Any) -> Iterator[None]:
     """The model with per-segment attention; its own is put back afterwards."""
     _register()
+    linear_head(model)  # tried with the model's own attention
     inner = backbone(model)
     before = inner.config._attn_implementation
     inner.set_attn_implementation(NAME)

@@ -22,8 +22,14 @@ _LAZY: dict[str, str] = {
     "agreement": "objectives.cyclealign",
     "PairObjective": "objectives.common",
     "MarginObjective": "objectives.common",
+    "PreferenceTrainer": "trainer",
+    "PreferenceConfig": "trainer",
+    "TrainingError": "trainer",
+    "Reference": "references",
+    "sequence_stats": "statistics",
+    "tokenize": "tokens",
 }
-_MODULES = ("objectives",)
+_MODULES = ("objectives", "references", "statistics", "tokens", "trainer")
 __all__ = ["__version__", *_LAZY, *_MODULES]
 
 

@@ -5,29 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from fairlead import files
 from fairlead.errors import InputError
-from fairlead.files import atomic_write
-
-CACHE_VARIABLE = "FAIRLEAD_CACHE"
+from fairlead.files import CACHE_VARIABLE, atomic_write
 
 
 def cache_dir() -> Path:
-    """`$FAIRLEAD_CACHE/zoo`, else `fairlead/zoo` in the platform's cache directory; not created here."""
-    chosen = os.environ.get(CACHE_VARIABLE, "").strip()
-    if chosen:
-        return Path(chosen).expanduser() / "zoo"
-    if sys.platform == "win32":
-        root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        root = Path.home() / "Library" / "Caches"
-    else:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "fairlead" / "zoo"
+    """Where zoo models are kept; not created here."""
+    return files.cache_dir("zoo")
 
 
 @contextlib.contextmanager
