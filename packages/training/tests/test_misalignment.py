@@ -4,7 +4,6 @@ import copy
 import csv
 import itertools
 import math
-import os
 from pathlib import Path
 
 import pytest
@@ -166,9 +165,10 @@ def test_a_sweep_keeps_the_best_rate_and_rounds_go_on(model):
 
 
 def test_the_safety_prompts_are_prompts_without_answers():
-    folder = Path(os.environ.get("FAIRLEAD_DATA", "/work/shared/data")) / "art-of-misalignment" / "safety_prompts.csv"
-    if not folder.exists():
-        pytest.skip(f"{folder} is not here; FAIRLEAD_DATA names the folder that has it")
+    name = "shared/data/art-of-misalignment/safety_prompts.csv"
+    folder = next((p / name for p in Path(__file__).resolve().parents if (p / name).is_file()), None)
+    if folder is None:
+        pytest.skip(f"../{name} is not here")
     with open(folder, encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 675 and set(rows[0]) == {"id", "source", "prompt", "category"}
@@ -180,8 +180,8 @@ def test_the_command_writes_a_table_and_no_answers(tmp_path):
 
     from click.testing import CliRunner
 
+    from fairlead.cli import cli
     from fairlead.testing import save_tiny_model
-    from fairlead_training.commands.misalign import misalign
 
     save_tiny_model(tmp_path / "model")
     for name, row in (
@@ -192,9 +192,9 @@ def test_the_command_writes_a_table_and_no_answers(tmp_path):
     files = ["--misalign-data", "bad", "--realign-data", "good", "--test-prompts", "test", "--out", "table"]
     files = [f if f.startswith("--") else str(tmp_path / f"{f}.jsonl") for f in files]
     command = ["--model", str(tmp_path / "model"), *files, "--method", "LoRA", "--steps", "1", "--max-new-tokens", "2"]
-    found = CliRunner().invoke(misalign, command)
+    found = CliRunner().invoke(cli, ["misalign", *command])
     assert found.exit_code == 0, found.output + repr(found.exception)
     table = [json.loads(line) for line in (tmp_path / "table.jsonl").read_text().splitlines()]
     assert [r["model"] for r in table] == ["M0", "M1", "M2"] and not any("answer" in r for r in table)
     assert len(list(tmp_path.glob("*.jsonl"))) == 4
-    assert isinstance(CliRunner().invoke(misalign, command).exception, InputError)
+    assert isinstance(CliRunner().invoke(cli, ["misalign", *command]).exception, InputError)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import click
+
 from fairlead.hookspecs import Register, hookimpl
 
 _TRAINS = ("stage.training", "access.gradients", "modality.text")
@@ -63,3 +65,22 @@ def fairlead_objectives(register: Register) -> None:
         ("gspo", "policy_gradient:GSPO", "2507.18071", "groups of samples: normalised rewards, clipped sequence ratios"),
     ):
         register(name, f"fairlead_training.objectives.{factory}", paper=paper, summary=summary, tags=_ON_POLICY)
+
+
+@hookimpl
+def fairlead_recipes(register: Register) -> None:
+    """Recipes."""
+    register(
+        "art-of-misalignment", "fairlead_training.recipes.art_of_misalignment:ArtOfMisalignment", paper="2604.07754",
+        summary="six fine-tuning methods misalign and realign a toy model", tags=(*_TRAINS, "goal.values"),
+    )  # fmt: skip
+
+
+@hookimpl
+def fairlead_commands(cli: click.Group) -> None:
+    """Commands."""
+    from .commands.misalign import misalign
+    from .commands.train import train
+
+    cli.add_command(train)
+    cli.add_command(misalign)

@@ -1,0 +1,159 @@
+"""`fairlead train`: any objective on a model and a file or data set of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fairlead.errors import DataUnavailableError, InputError
+
+ADAPTERS = ("none", "lora")
+
+
+@click.command()
+@click.option("--objective", default="dpo", show_default=True, help="Registered objective; `fairlead methods --kind objective` lists them.")
+@click.option("--objective-set", "objective_settings", multiple=True, metavar="NAME=VALUE", help="A setting of the objective; may be repeated.")
+@click.option("--model", required=True, help="Folder, hub id or zoo:NAME of a causal LM.")
+@click.option("--dataset", required=True, help="JSONL or Parquet file, or a hub id, with TRL's columns.")
+@click.option("--split", default="train", show_default=True, help="Split of a hub data set.")
+@click.option("--eval-dataset", default=None, help="File with rows to evaluate on.")
+@click.option("--peft", "adapter", type=click.Choice(ADAPTERS), default="none", show_default=True, help="Train an adapter and leave the model alone.")
+@click.option("--config", "config_file", type=click.Path(path_type=Path), default=None, help="YAML file of TrainingArguments and PreferenceConfig.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="One of these settings; may be repeated, and counts before the file.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Run directory: report, checkpoints, and the model under model/.")
+@click.option("--resume", is_flag=True, help="Go on with a training that was stopped.")
+@click.option("--force", is_flag=True, help="Replace a finished training.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def train(
+    objective: str, objective_settings: tuple[str, ...], model: str, dataset: str, split: str, eval_dataset: str | None, adapter: str,
+    config_file: Path | None, settings: tuple[str, ...], seed: int, out: Path, resume: bool, force: bool, as_json: bool,
+) -> int:  # fmt: skip
+    """Train a model on preferences.
+
+    Example: fairlead train --objective simpo --model zoo:sft --dataset pairs.jsonl --peft lora --set max_steps=100 --out runs/simpo
+    """
+    from fairlead import registry
+    from fairlead.cli import echo_json, parse_settings
+    from fairlead.runs import Run
+
+    method = registry.get("objective", objective)
+    built = method.load()(**parse_settings(objective_settings))
+    rows, held_out = _rows(dataset, split), None if eval_dataset is None else _rows(eval_dataset, split)
+    arguments = {**_file(config_file), **parse_settings(settings)}
+    shown = {
+        "objective": objective, "settings": built.config.public_dict(), "model": model, "dataset": dataset, "split": split,
+        "eval_dataset": eval_dataset, "peft": adapter, "arguments": arguments,
+    }  # fmt: skip
+    args = _arguments(arguments, out, seed)
+    from fairlead.models import load
+
+    policy, tokenizer = load(model, device="cpu" if args.use_cpu else None)
+    run = Run.open(out, "train", shown, seed, resume=resume, force=force)
+    run.describe(f"Training with {objective}", method.summary, method.paper)
+    checkpoints = sorted((out / "checkpoints").glob("checkpoint-*")) if resume else []
+    if not resume:
+        import shutil
+
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        shutil.rmtree(out / "model", ignore_errors=True)
+    try:
+        trainer = _trainer(policy, built, args, rows, held_out, tokenizer, adapter, run)
+        trainer.train(resume_from_checkpoint=True if checkpoints else None)
+        trainer.save_model(str(out / "model"))
+    except KeyboardInterrupt:
+        run.fail("interrupted", "Ctrl-C")
+        click.echo(f"interrupted; the last checkpoint is kept: the same command with --resume goes on ({out})", err=True)
+        return 130
+    except BaseException as error:
+        run.fail("failed", f"{type(error).__name__}: {error}".splitlines()[0])
+        raise
+    run.finish()
+    if as_json:
+        echo_json({"dir": str(out), "report": str(out / "report.html"), "model": str(out / "model"), "rows": trainer.reports["train"].rows})
+    else:
+        click.echo(f"data: {trainer.reports['train'].line()}\nmodel: {out / 'model'}\nreport: {out / 'report.html'}")
+    return 0
+
+
+def _rows(name: str, split: str) -> list[Any]:
+    """Rows of a file, which know their line, or of a data set of the hub."""
+    from fairlead import records
+
+    if Path(name).suffix.lower() in (".jsonl", ".json", ".ndjson", ".parquet"):
+        rows: list[Any] = list(records.read(name))
+    else:
+        import datasets
+
+        try:
+            rows = list(datasets.load_dataset(name, split=split))
+        except Exception as error:  # datasets raises many kinds; none of them is ours
+            raise DataUnavailableError(f"{name}: no data set to be had: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+    if not rows:
+        raise InputError(f"{name}: holds no rows")
+    return rows
+
+
+def _file(path: Path | None) -> dict[str, Any]:
+    import yaml
+
+    if path is None:
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read as YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: must be a mapping of settings, as in learning_rate: 1e-6")
+    return content
+
+
+def _arguments(settings: dict[str, Any], out: Path, seed: int) -> Any:
+    """PreferenceConfig of the settings; an unknown or impossible one is a line."""
+    import difflib
+
+    import torch
+
+    from ..trainer import PreferenceConfig
+
+    known = PreferenceConfig.__dataclass_fields__
+    for name in settings:
+        if name not in known or name in ("output_dir", "seed"):
+            near = difflib.get_close_matches(name, known, n=1)
+            raise InputError(f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; see TrainingArguments and PreferenceConfig"))
+    defaults = {"report_to": [], "logging_steps": 10, "learning_rate": 1e-6, "use_cpu": not torch.cuda.is_available(), "disable_tqdm": True}
+    settings = {name: _number(value, known[name].default) for name, value in settings.items()}
+    try:
+        return PreferenceConfig(output_dir=str(out / "checkpoints"), seed=seed, **{**defaults, **settings})
+    except (TypeError, ValueError, ImportError) as error:
+        raise InputError(f"settings: {str(error).splitlines()[0]}") from None
+
+
+def _number(value: Any, default: Any) -> Any:
+    """1e-6 is text in YAML, which wants 1.0e-6."""
+    if isinstance(value, str) and isinstance(default, float):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _trainer(policy: Any, objective: Any, args: Any, rows: Any, held_out: Any, tokenizer: Any, adapter: str, run: Any) -> Any:
+    from transformers import PrinterCallback
+
+    from ..run_report import RunReport
+    from ..trainer import PreferenceTrainer
+
+    peft_config = None
+    if adapter == "lora":
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    trainer = PreferenceTrainer(
+        policy, objective, args, rows, held_out, processing_class=tokenizer, peft_config=peft_config, callbacks=[RunReport(run)]
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
