@@ -71,6 +71,10 @@ def fairlead_objectives(register: Register) -> None:
 def fairlead_recipes(register: Register) -> None:
     """Recipes."""
     register(
+        "preference-losses", "fairlead_training.recipes.preference_losses:PreferenceLosses", paper="2305.18290",
+        summary="twelve pair objectives on the same pairs, clean and swapped labels, with exact win rates", tags=_PAIRS,
+    )  # fmt: skip
+    register(
         "art-of-misalignment", "fairlead_training.recipes.art_of_misalignment:ArtOfMisalignment", paper="2604.07754",
         summary="six fine-tuning methods misalign and realign a toy model", tags=(*_TRAINS, "goal.values"),
     )  # fmt: skip
