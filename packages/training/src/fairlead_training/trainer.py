@@ -114,6 +114,8 @@ class PreferenceTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
         self.label_names: list[str] = []
+        if ref_model is not None and unwrapped(ref_model).device != args.device:
+            ref_model.to(args.device)
         for rows in (train, held_out):
             self._add_reference(rows)
 
