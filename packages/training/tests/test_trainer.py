@@ -305,6 +305,8 @@ def test_rows_of_every_shape_are_tokenised(tmp_path: Path) -> None:
     assert [row.get("role") for row in made[1:]] == [[-1], None, [1]]
     assert made[2]["rank"] == [1, 0]
     assert report.dropped == {"with chosen = rejected": 1}
+    kept, _ = tokenize([{"prompt": "w1", "chosen": " w2", "rejected": [" w3", " w3"]}], tokenizer)  # twice the same is no contradiction
+    assert len(kept[0]["completion_ids"]) == 3
 
 
 @pytest.mark.parametrize(
@@ -315,6 +317,9 @@ def test_rows_of_every_shape_are_tokenised(tmp_path: Path) -> None:
         ({"prompt": "w1", "completion": "w2", "label": 2}, "row 0: label: must be true or false, got 2"),
         ({"prompt": "w1", "completions": ["w2", "w3"], "ranks": [0]}, "row 0: ranks: one finite number per completion"),
         ({"prompt": "w1", "completions": ["w2", "w3"], "rewards": [0.0, math.nan]}, "row 0: rewards: one finite number"),
+        ({"prompt": "w1", "completion": "w2", "label": None}, "row 0: label: must be true or false, got None"),
+        ({"prompt": "w1", "completions": "w2 w3", "ranks": [0]}, "row 0: completions: must be a list of texts, got str"),
+        ({"prompt": "w1", "completion": "w2", "weight": math.nan}, "row 0: weight: one finite number"),
         ({"text": "w1"}, "row 0: columns text; needed are"),
         ({"prompt": "w1", "chosen": " w2", "rejected": []}, "row 0: rejected: is an empty list"),
         ({"chosen": "w2", "rejected": "w3"}, "row 0: column prompt is missing"),

@@ -58,7 +58,7 @@ def tokenize(
         folded = [" ".join(_plain(c).split()) for c in completions]
         if any(not text for text in folded):
             raise InputError(f"{where}: completion {folded.index('')} is empty; give at least one word")
-        if len(completions) > 1 and len(set(folded)) < len(folded) and "role" in numbers:
+        if "role" in numbers and folded[0] in folded[1:]:
             if identical == "raise":
                 raise InputError(f"{where}: chosen and rejected are the same text; identical='drop' leaves such rows out")
             _count(report, "with chosen = rejected")
@@ -95,6 +95,8 @@ def group(row: Row, where: str) -> tuple[Any, list[Any], dict[str, list[Any]]]:
             raise InputError(f"{where}: rejected: is an empty list; give one completion or more")
         numbers["role"] = [1] + [-1] * (len(completions) - 1)
     elif "completions" in row:
+        if not isinstance(row["completions"], (list, tuple)) or not row["completions"]:
+            raise InputError(f"{where}: completions: must be a list of texts, got {type(row['completions']).__name__}")
         completions = list(row["completions"])
         for column, name in (("ranks", "rank"), ("rewards", "reward")):
             if row.get(column) is not None:
@@ -106,8 +108,8 @@ def group(row: Row, where: str) -> tuple[Any, list[Any], dict[str, list[Any]]]:
             raise InputError(f"{where}: column ranks or rewards is missing beside completions")
     elif "completion" in row:
         completions = [row["completion"]]
-        if row.get("label") is not None:
-            if row["label"] not in (0, 1, True, False):
+        if "label" in row:
+            if not isinstance(row["label"], (bool, int)) or row["label"] not in (0, 1):
                 raise InputError(f"{where}: label: must be true or false, got {row['label']!r}")
             numbers["role"] = [1 if row["label"] else -1]
         else:
@@ -118,7 +120,10 @@ def group(row: Row, where: str) -> tuple[Any, list[Any], dict[str, list[Any]]]:
     for column in ("weight", "ref_logp_mean"):
         if row.get(column) is not None:
             value = row[column]
-            numbers[column] = list(value) if isinstance(value, (list, tuple)) else [value] * len(completions)
+            values = list(value) if isinstance(value, (list, tuple)) else [value] * len(completions)
+            if len(values) != len(completions) or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+                raise InputError(f"{where}: {column}: one finite number per completion is needed ({len(completions)}), got {values}")
+            numbers[column] = values
     prompt = row.get("prompt")
     if prompt is None:
         if not all(_is_messages(c) for c in completions):
