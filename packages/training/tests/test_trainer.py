@@ -174,6 +174,19 @@ def test_lists_and_several_rejected_train(tmp_path: Path) -> None:
         assert all(math.isfinite(x) for x in losses(run)), name
 
 
+def test_packing_is_refused_for_a_model_that_would_mix_its_sequences(tmp_path: Path) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Gemma2ForCausalLM(Gemma2Config(vocab_size=64, head_dim=8, attn_logit_softcapping=2.0, pad_token_id=0, **sizes))
+    with pytest.raises(InputError, match="pack: this model cannot be packed"):
+        trainer(tmp_path, model=model, settings={"pack": True})
+    run = trainer(tmp_path, model=model, settings={"max_steps": 2})
+    assert not run.packed
+    run.train()
+    assert losses(run)[0] == pytest.approx(math.log(2), abs=1e-5)
+
+
 def test_missing_columns_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="row 1 has no role"):
         trainer(tmp_path, rows=[PAIRS[0], {k: v for k, v in PAIRS[1].items() if k != "role"}])

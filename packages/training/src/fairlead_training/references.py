@@ -103,6 +103,7 @@ def cached_sums(
 
     folder: default `fairlead.files.cache_dir("reference")`. accelerator: shares the work among its processes. A file that cannot be read is made anew.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file, save
 
     with reference.active() as model:
@@ -115,7 +116,7 @@ def cached_sums(
         kept: list[float] = load_file(path)["ref_logp"].tolist()
         if len(kept) == count:
             return kept
-    except Exception:  # absent, torn or foreign: safetensors raises many kinds, and all mean "compute it"
+    except (OSError, KeyError, SafetensorError):  # absent, torn or foreign
         pass
     if accelerator is None or accelerator.num_processes == 1:
         values = reference.sums(rows, objective, completions, temperature)

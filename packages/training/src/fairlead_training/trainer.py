@@ -24,6 +24,7 @@ from fairlead.errors import FairleadError, InputError
 from fairlead.files import atomic_write
 from fairlead.kinds import LossOutput, Objective, SequenceStats
 from fairlead.logprobs import linear_head, unwrapped
+from fairlead.packed import why_not_packable
 
 from .references import Reference, cached_sums
 from .statistics import Row, assemble, attention_of, lay_out, packs, token_stats
@@ -102,6 +103,8 @@ class PreferenceTrainer(Trainer):
         if self._own["disable_dropout"]:
             _without_dropout(model)
         self.packed = packs(model) if self._own["pack"] is None else bool(self._own["pack"])
+        if self.packed and not packs(model):
+            raise InputError(f"pack: this model cannot be packed ({why_not_packable(model)}); leave pack out")
         linear_head(model)  # found out now: a wrapped or sharded model cannot be tried
         self.reference = Reference(model, ref_model) if self._needs_reference() else None
         self.reports: dict[str, Report] = {}
