@@ -68,6 +68,8 @@ def test_settings_come_from_a_file_and_the_command_line_wins(place: Path) -> Non
         (("--objective-set", "beta=-1"), "beta: should be greater than 0"),
         (("--objective", "dop"), "did you mean 'dpop' or 'dpo'"),
         (("--config", "nowhere.yaml"), "nowhere.yaml: cannot be read"),
+        (("--set", "max_steps=many"), "max_steps: must be a number, got 'many'"),
+        (("--set", "learning_rate=fast"), "learning_rate: must be a number, got 'fast'"),
         (("--set", "lr_scheduler_type=none-such"), "settings: "),
     ],
 )

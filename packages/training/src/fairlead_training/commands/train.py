@@ -124,21 +124,25 @@ def _arguments(settings: dict[str, Any], out: Path, seed: int) -> Any:
             near = difflib.get_close_matches(name, known, n=1)
             raise InputError(f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; see TrainingArguments and PreferenceConfig"))
     defaults = {"report_to": [], "logging_steps": 10, "learning_rate": 1e-6, "use_cpu": not torch.cuda.is_available(), "disable_tqdm": True}
-    settings = {name: _number(value, known[name].default) for name, value in settings.items()}
+    settings = {name: _typed(name, value, known[name].default) for name, value in settings.items()}
     try:
         return PreferenceConfig(output_dir=str(out / "checkpoints"), seed=seed, **{**defaults, **settings})
     except (TypeError, ValueError, ImportError) as error:
         raise InputError(f"settings: {str(error).splitlines()[0]}") from None
 
 
-def _number(value: Any, default: Any) -> Any:
-    """1e-6 is text in YAML, which wants 1.0e-6."""
-    if isinstance(value, str) and isinstance(default, float):
+def _typed(name: str, value: Any, default: Any) -> Any:
+    """A setting of the type of its default; YAML reads 1e-6 as text, and some whole numbers may be given as ratios."""
+    number = isinstance(default, (int, float)) and not isinstance(default, bool)
+    if number and isinstance(value, str):
         try:
             return float(value)
         except ValueError:
-            return value
-    return value
+            pass
+    right = isinstance(value, (int, float)) and not isinstance(value, bool) if number else isinstance(value, bool)
+    if not isinstance(default, (bool, int, float)) or value is None or right:
+        return value
+    raise InputError(f"{name}: must be {'a number' if number else 'true or false'}, got {value!r}")
 
 
 def _trainer(policy: Any, objective: Any, args: Any, rows: Any, held_out: Any, tokenizer: Any, adapter: str, run: Any) -> Any:
