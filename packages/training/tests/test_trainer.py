@@ -263,6 +263,8 @@ run = t.trainer(Path({folder!r}), {objective!r}, t.{rows}, settings={{"per_devic
 run.train()
 if run.accelerator.is_main_process:
     torch.save({{"losses": t.losses(run), "weights": t.weights(run)}}, {out!r})
+run.accelerator.wait_for_everyone()
+run.accelerator.end_training()  # gloo may abort a process that leaves while another still talks to it
 """
 LABELS = [{"prompt_ids": [3 + i, 5], "completion_ids": [[10 + i, 11]], "role": [1 if i % 2 else -1]} for i in range(8)]
 
@@ -279,7 +281,7 @@ def test_two_processes_equal_one(objective: str, rows: str, tmp_path: Path) -> N
         done = subprocess.run(
             [sys.executable, *launch, str(script)], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
-        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.returncode == 0, done.stderr[-8000:]
         found.append(torch.load(out, weights_only=True))
     assert found[0]["losses"] == pytest.approx(found[1]["losses"], rel=1e-5)
     assert torch.allclose(found[0]["weights"], found[1]["weights"], atol=2e-5)

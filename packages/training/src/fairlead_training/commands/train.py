@@ -63,6 +63,8 @@ def train(
         trainer = _trainer(policy, built, args, rows, held_out, tokenizer, adapter, run)
         trainer.train(resume_from_checkpoint=True if checkpoints else None)
         trainer.save_model(str(out / "model"))
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
     except KeyboardInterrupt:
         run.fail("interrupted", "Ctrl-C")
         click.echo(f"interrupted; the last checkpoint is kept: the same command with --resume goes on ({out})", err=True)
