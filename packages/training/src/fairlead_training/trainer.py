@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,8 @@ from .tokens import Report, tokenize
 log = logging.getLogger("fairlead")
 STATE_FILE = "objective.json"
 STAGING = ".unfinished"
+# d loss / d logp [S] of this process's sequences and their statistics (logp with gradient) -> the weights to go back with.
+Reweight = Callable[[torch.Tensor, SequenceStats], torch.Tensor]
 
 
 class TrainingError(FairleadError):
@@ -73,7 +75,8 @@ class PreferenceTrainer(Trainer):
     PreferenceConfig; sizes of batches count rows (pairs, groups). train_dataset, eval_dataset: a `datasets.Dataset` or a list of dicts
     with TRL's columns, or tokenised rows (see `tokens`). processing_class: the tokenizer. ref_model: the reference; by default the
     model as it is now: without its adapters, or from log-probabilities computed before training. peft_config: puts adapters on.
-    Logs TRL's names: rewards/chosen, rewards/margins, logps/chosen and so on.
+    Logs TRL's names: rewards/chosen, rewards/margins, logps/chosen and so on. A callback with a method `attach` is given the trainer
+    once it is built; it may set `reweight`, which changes the weights of the sequences in the backward pass of a training step.
 
     InputError for data or settings that do not fit; TrainingError when a loss is not finite (the batch is kept in output_dir).
     """
@@ -92,6 +95,7 @@ class PreferenceTrainer(Trainer):
         defaults = PreferenceConfig.__dataclass_fields__
         self._own: dict[str, Any] = {name: getattr(args, name, defaults[name].default) for name in PreferenceConfig.__annotations__}
         self._staging: str | None = None
+        self.reweight: Reweight | None = None
         args.remove_unused_columns = False
         if args.n_gpu > 1:
             log.warning("one GPU is used; `accelerate launch` uses all of them")
@@ -121,9 +125,22 @@ class PreferenceTrainer(Trainer):
             ref_model.to(args.device)
         for rows in (train, held_out):
             self._add_reference(rows)
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "attach"):
+                callback.attach(self)
 
     def _needs_reference(self) -> bool:
         return any(name in self.objective.needs for name in ("ref_logp", "mismatched_ratio"))
+
+    def prepare(self, dataset: Any, name: str) -> list[dict[str, Any]]:
+        """Rows as the trainer trains on them, tokenised and with the reference's log-probabilities; for callbacks with rows of their own."""
+        rows: list[dict[str, Any]] = self._tokenised(dataset, self.processing_class, name)
+        self._add_reference(rows)
+        if self.reference is not None and "ref_logp" in self.objective.needs:
+            for row in rows:
+                if row.get("ref_logp") is None:
+                    row["ref_logp"] = self.reference.sums([row], self.objective)
+        return rows
 
     def _tokenised(self, dataset: Any, tokenizer: Any, name: str) -> Any:
         """Tokenised rows of a data set, or None; what was left out is counted in `reports` and logged."""
@@ -193,7 +210,10 @@ class PreferenceTrainer(Trainer):
         stats = self.statistics(model, rows)
         self.objective.training = model.training
         out, own = self._over_processes(stats, rows)
-        carried = (out.dlogp[own].to(stats.logp.device) * stats.logp).sum()
+        dlogp = out.dlogp[own].to(stats.logp.device)
+        if self.reweight is not None and model.training:
+            dlogp = self.reweight(dlogp, stats)
+        carried = (dlogp * stats.logp).sum()
         if out.dtokens is not None:
             tokens_ST = stats.extra["token_logp"]
             carried = carried + (out.dtokens[own, : tokens_ST.shape[1]].to(tokens_ST.device) * tokens_ST).sum()
