@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from objective_batches import PAIR_A, PAIR_B, pair, stats
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
@@ -83,8 +85,7 @@ def test_a_constant_in_every_reward_is_shifted_away_and_not_by_kto() -> None:
     moved = [x + 4 for x in u]
     for kind in ("ema", "batch"):
         torch.testing.assert_close(make("bco", delta=kind)(rows(moved, label)).loss, make("bco", delta=kind)(rows(u, label)).loss)
-    for settings in ({"delta": 0.0},):
-        assert make("bco", **settings)(rows(moved, label)).loss.item() != pytest.approx(make("bco", **settings)(rows(u, label)).loss.item())
+    assert make("bco", delta=0.0)(rows(moved, label)).loss.item() != pytest.approx(make("bco", delta=0.0)(rows(u, label)).loss.item())
     assert make("kto", z0=0.3)(rows(moved, label)).loss.item() != pytest.approx(make("kto", z0=0.3)(rows(u, label)).loss.item())
 
 
@@ -126,6 +127,58 @@ def test_class_weights_and_density_ratios_multiply_items() -> None:
     plain = make("bco", delta=0.05)(rows(u, label)).per_item
     out = make("bco", delta=0.05, up_weight=2, down_weight=3)(rows(u, label, weight=[1.0, 0.5])).per_item
     torch.testing.assert_close(out, plain * torch.tensor([2.0, 1.5], dtype=torch.float64))
+
+
+def test_the_row_mean_has_the_values_of_trl() -> None:
+    for which, expected in ((PAIR_A, 0.656428), (PAIR_B, 0.772200)):
+        assert make("bco", delta=0.05, reduction="sample_mean")(pair(which)).loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    u=st.lists(st.floats(-90, 90), min_size=4, max_size=4), w=st.floats(0.5, 10), delta=st.floats(-2, 2), beta=st.floats(0.01, 0.5)
+)
+def test_bco_pulls_ups_up_and_pushes_downs_down_by_its_sigmoids(u: list[float], w: float, delta: float, beta: float) -> None:
+    out = make("bco", delta=delta, beta=beta)(rows(u, [True, True, True, False], weight=[1.0, 1.0, 1.0, w]))
+    r = beta * torch.tensor(u, dtype=torch.float64) - delta
+    expected = torch.cat([-beta * torch.sigmoid(-r[:3]) / 3, beta * w * torch.sigmoid(r[3:])])
+    torch.testing.assert_close(out.dlogp, expected, rtol=1e-6, atol=1e-12)
+
+
+def test_self_normalised_means_divide_by_the_sum_of_the_weights() -> None:
+    u, label, w = [1.0, -0.5, 2.0], [True, False, False], [1.0, 4.0, 0.5]
+    item = make("bco", delta=0.05)(rows(u, label)).per_item.detach()
+    plain = make("bco", delta=0.05)(rows(u, label, weight=w)).loss
+    assert plain.item() == pytest.approx(float(item[0] + (4 * item[1] + 0.5 * item[2]) / 2))
+    ours = make("bco", delta=0.05, self_normalised=True)(rows(u, label, weight=w)).loss
+    assert ours.item() == pytest.approx(float(item[0] + (4 * item[1] + 0.5 * item[2]) / 4.5))
+    all_rows = make("bco", delta=0.05, self_normalised=True, reduction="sample_mean")(rows(u, label, weight=w)).loss
+    assert all_rows.item() == pytest.approx(float((item[0] + 4 * item[1] + 0.5 * item[2]) / 5.5))
+
+
+@settings(deadline=None, max_examples=30)
+@given(scale=st.floats(0.01, 20), down_weight=st.floats(0, 3))
+def test_self_normalised_means_do_not_depend_on_the_scale_of_the_weights(scale: float, down_weight: float) -> None:
+    u, label = [1.0, -0.5, 2.0], [True, False, False]
+    objective = make("bco", delta="batch", self_normalised=True, down_weight=down_weight)
+    one, other = (objective(rows(u, label, weight=[1.0, 0.7 * c, 1.9 * c])) for c in (1.0, scale))
+    torch.testing.assert_close(one.loss, other.loss)
+    torch.testing.assert_close(one.dlogp, other.dlogp)
+
+
+def test_self_normalised_means_have_a_right_gradient_and_bear_weights_of_zero() -> None:
+    label, ref = [True, False, False], [-9.0, -9.0, -9.0]
+
+    def loss(logp: torch.Tensor) -> torch.Tensor:
+        batch = SequenceStats(logp, torch.ones(3), torch.tensor(ref).double(), role=label, weight=torch.tensor([1.0, 0.3, 2.0]))
+        found: torch.Tensor = make("bco", delta=0.1, self_normalised=True)(batch).loss
+        return found
+
+    assert torch.autograd.gradcheck(loss, torch.tensor([-8.0, -12.0, -5.0], dtype=torch.float64, requires_grad=True))
+    nothing = make("bco", delta=0.0, self_normalised=True)(rows([1.0, -0.5], [True, False], weight=[1.0, 0.0]))
+    assert nothing.loss.item() == pytest.approx(-float(logsigmoid(torch.tensor(0.1)))) and nothing.dlogp[1] == 0
+    with pytest.raises(InputError, match=r"weight: a density ratio is not negative, got -0\.5"):
+        make("bco")(rows([1.0, -0.5], [True, False], weight=[1.0, -0.5]))
 
 
 def test_the_shift_is_saved_and_frozen_outside_training() -> None:
@@ -221,11 +274,11 @@ def tokens(change: float = 0.0, seed: int = 0) -> tuple[dict[str, torch.Tensor],
     ("aggregation", "divisor"), [("grpo", [2, 3, 3, 1]), ("bnpo", [9 / 4] * 4), ("dapo", [9 / 4] * 4), ("dr-grpo", [7.0] * 4)]
 )
 def test_aggregations_of_grpo_differ_in_what_a_sequence_is_divided_by(aggregation: str, divisor: list[float]) -> None:
-    settings = {"aggregation": aggregation, "max_length": 7}
-    sums = make("grpo", **settings)(stats(LOGP, LENGTH, **REWARDS))
+    chosen = {"aggregation": aggregation, "max_length": 7}
+    sums = make("grpo", **chosen)(stats(LOGP, LENGTH, **REWARDS))
     assert (-4 * sums.dlogp).tolist() == pytest.approx(list(0.865875 * np.array([1, -1, -1, 1]) / divisor), abs=1e-6)
     columns, s = tokens()
-    out = make("grpo", **settings)(stats(s.tolist(), LENGTH, **REWARDS, extra=columns))
+    out = make("grpo", **chosen)(stats(s.tolist(), LENGTH, **REWARDS, extra=columns))
     torch.testing.assert_close(out.loss, sums.loss)
     assert out.dtokens is not None
     torch.testing.assert_close(out.dtokens, torch.where(columns["token_mask"], sums.dlogp[:, None], 0.0))

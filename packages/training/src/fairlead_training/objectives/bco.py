@@ -2,7 +2,7 @@
 
 r = beta u; L = mean_up[-ls(r - delta)] + mean_down[-w ls(-(r - delta))], delta = the mean of the two class means of r,
 without gradient, which minimises the error term of BCO's bound of DPO. w, the weight column, is the density ratio of the
-prompts (1 for wanted rows).
+prompts (1 for wanted rows); `fairlead_training.density_ratio` makes it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ class BCOConfig(BetaConfig):
     )
     up_weight: float = Field(1.0, ge=0, description="weight of wanted sequences")
     down_weight: float = Field(1.0, ge=0, description="weight of unwanted sequences")
+    self_normalised: bool = Field(
+        False, description="a mean divides by the sum of the rows' weights (density ratios), not by the number of rows"
+    )
 
 
 class BCO(Objective):
@@ -54,6 +57,8 @@ class BCO(Objective):
 
     def items(self, batch: SequenceStats) -> tuple[torch.Tensor, dict[str, float]]:
         assert batch.ref_logp is not None
+        if batch.weight is not None and bool((batch.weight < 0).any()):
+            raise InputError(f"weight: a density ratio is not negative, got {float(batch.weight.min()):g}")
         up, r = labels(batch), self.config.beta * (batch.logp - batch.ref_logp.detach())
         if self.training and isinstance(self.config.delta, str):
             self._update(r.detach().to(torch.float64), up)
@@ -63,11 +68,13 @@ class BCO(Objective):
         return losses, {"bco/delta": delta, **by_class(r, up)}
 
     def reduce(self, per_item: torch.Tensor, batch: SequenceStats) -> torch.Tensor:
-        if self.config.reduction == "sample_mean":
-            return per_item.mean()
+        counted = weights(batch) if self.config.self_normalised else torch.ones_like(per_item)
         up = labels(batch)
-        parts = (torch.where(mask, per_item, 0.0).sum() / mask.sum().clamp(min=1) for mask in (up, ~up))
-        return sum(parts, per_item.new_zeros(()))
+        loss = per_item.new_zeros(())
+        for mask in (up, ~up) if self.config.reduction == "class_mean" else (torch.ones_like(up),):
+            total = torch.where(mask, counted, 0.0).sum()
+            loss = loss + torch.where(mask, per_item, 0.0).sum() / torch.where(total > 0, total, 1.0)
+        return loss
 
     def _update(self, r: torch.Tensor, up: torch.Tensor) -> None:
         """Take the rewards of a batch, of all processes, into the shift."""
