@@ -215,6 +215,18 @@ def test_evaluation_logs_the_same_names_and_changes_nothing(tmp_path: Path) -> N
     assert torch.equal(weights(run), weights(without))
 
 
+def test_another_data_set_can_be_evaluated_and_the_best_model_chosen_by_its_margin(tmp_path: Path) -> None:
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best", "metric_for_best_model": "eval_rewards/margins"}
+    run = trainer(tmp_path, eval_dataset=[dict(row) for row in PAIRS[:3]], settings=settings)
+    run.train()
+    margins = {e["step"]: e["eval_rewards/margins"] for e in run.state.log_history if "eval_loss" in e}
+    assert run.state.best_metric == max(margins.values())
+    text = [{"prompt_ids": [4, 4], "completion_ids": [[9], [8, 8]], "role": [1, -1]}]
+    found = run.evaluate(text)
+    assert found["eval_rewards/margins"] != margins[4]
+    assert found["eval_loss"] == run.evaluate(text)["eval_loss"]
+
+
 def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(tmp_path: Path) -> None:
     whole = trainer(tmp_path / "a", settings={"max_steps": 6, "save_strategy": "steps", "save_steps": 2})
     whole.train()

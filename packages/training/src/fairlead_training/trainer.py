@@ -95,6 +95,7 @@ class PreferenceTrainer(Trainer):
         defaults = PreferenceConfig.__dataclass_fields__
         self._own: dict[str, Any] = {name: getattr(args, name, defaults[name].default) for name in PreferenceConfig.__annotations__}
         self._staging: str | None = None
+        self.temperature = 1.0
         self.reweight: Reweight | None = None
         args.remove_unused_columns = False
         if args.n_gpu > 1:
@@ -110,7 +111,8 @@ class PreferenceTrainer(Trainer):
         if self.packed and not packs(model):
             raise InputError(f"pack: this model cannot be packed ({why_not_packable(model)}); leave pack out")
         linear_head(model)  # found out now: a wrapped or sharded model cannot be tried
-        self.reference = Reference(model, ref_model) if self._needs_reference() else None
+        self.model = model  # Trainer sets it too, after the data are read
+        self.reference = self._make_reference(model, ref_model) if self._needs_reference() else None
         self.reports: dict[str, Report] = {}
         self._sums: dict[str, dict[str, list[float]]] = {"train": {}, "eval": {}}
         train, held_out = (self._tokenised(d, processing_class, name) for d, name in ((train_dataset, "train"), (eval_dataset, "eval")))
@@ -131,6 +133,9 @@ class PreferenceTrainer(Trainer):
 
     def _needs_reference(self) -> bool:
         return any(name in self.objective.needs for name in ("ref_logp", "mismatched_ratio"))
+
+    def _make_reference(self, model: Any, ref_model: Any) -> Reference:
+        return Reference(model, ref_model)
 
     def prepare(self, dataset: Any, name: str) -> list[dict[str, Any]]:
         """Rows as the trainer trains on them, tokenised and with the reference's log-probabilities; for callbacks with rows of their own."""
@@ -226,16 +231,21 @@ class PreferenceTrainer(Trainer):
 
     def statistics(self, model: Any, rows: Sequence[Row]) -> SequenceStats:
         """SequenceStats of this process's rows, with gradient where it is on."""
-        columns: dict[str, torch.Tensor] = {}
         device = unwrapped(model).device
+        columns = self.columns(model, rows, device)
+        found = token_stats(model, lay_out(rows, self.packed, device), self.temperature, squares="wpo_weight" in self.objective.needs)
+        return assemble(found, rows, self.objective, tokens="token_logp" in self.objective.needs, columns=columns)
+
+    def columns(self, model: Any, rows: Sequence[Row], device: Any) -> dict[str, torch.Tensor]:
+        """Columns of the statistics that the rows alone do not give: those of the reference."""
+        columns: dict[str, torch.Tensor] = {}
         if self.reference is not None and "mismatched_ratio" in self.objective.needs:
             with torch.no_grad():
                 found = token_stats(model, lay_out(rows, self.packed, device, "mismatched_ids"))
             columns["mismatched_ratio"] = found.sum_S() - self._reference(rows, "mismatched_ref_logp", "mismatched_ids", device)
         if self.reference is not None and "ref_logp" in self.objective.needs:
             columns["ref_logp"] = self._reference(rows, "ref_logp", "completion_ids", device)
-        found = token_stats(model, lay_out(rows, self.packed, device), squares="wpo_weight" in self.objective.needs)
-        return assemble(found, rows, self.objective, tokens="token_logp" in self.objective.needs, columns=columns)
+        return columns
 
     def _reference(self, rows: Sequence[Row], column: str, completions: str, device: Any) -> torch.Tensor:
         if all(row.get(column) is not None for row in rows):
@@ -265,14 +275,27 @@ class PreferenceTrainer(Trainer):
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
 
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
+        """Trainer's, with the objective's metrics among those it returns, so that the best model can be chosen by them."""
+        self._sums["eval"].clear()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self._means("eval").items()})
+        return output
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **options: Any) -> dict[str, float]:
+        """Trainer's, on the data set of the trainer or on another with the same columns."""
+        rows = None if eval_dataset is None else self.prepare(eval_dataset, "eval")
+        found: dict[str, float] = super().evaluate(rows, *args, **options)
+        return found
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of the objective's metrics since the last log."""
-        mode = "eval" if any(name.startswith("eval_") for name in logs) else "train"
-        prefix = "eval_" if mode == "eval" else ""
-        if "loss" in logs or mode == "eval":
-            logs = {**logs, **{prefix + name: sum(values) / len(values) for name, values in self._sums[mode].items()}}
-            self._sums[mode].clear()
-        super().log(logs, start_time)
+        super().log({**logs, **self._means("train")} if "loss" in logs else logs, start_time)
+
+    def _means(self, mode: str) -> dict[str, float]:
+        means = {name: sum(values) / len(values) for name, values in self._sums[mode].items()}
+        self._sums[mode].clear()
+        return means
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: batches hold rows, not tensors."""
@@ -294,9 +317,8 @@ class PreferenceTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             self._staging = str(staging)
             super()._save_checkpoint(model, trial)
+            self._save_state(aside)
             if self.args.should_save:
-                with atomic_write(aside / STATE_FILE) as stream:
-                    json.dump(_plain(self.objective.state_dict()), stream)
                 best = self.state.best_model_checkpoint
                 if best is None or best.startswith(str(staging)):
                     best_step = self.state.best_global_step
@@ -323,6 +345,12 @@ class PreferenceTrainer(Trainer):
                 output_dir=str(final.parent), save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True,
             )  # fmt: skip
+
+    def _save_state(self, folder: Path) -> None:
+        """What a resumed run needs beyond Trainer's own files; called on every process."""
+        if self.args.should_save:
+            with atomic_write(folder / STATE_FILE) as stream:
+                json.dump(_plain(self.objective.state_dict()), stream)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -49,6 +49,7 @@ class Reinforce(Objective):
     """L = -A s, the reward column taken as the advantage A."""
 
     needs: tuple[str, ...] = ("reward",)
+    past: str = ""  # the column of `extra` that holds the log-probabilities under the policy that drew
     Config = NoConfig
 
     def items(self, batch: SequenceStats) -> tuple[torch.Tensor, dict[str, float]]:
@@ -92,6 +93,7 @@ class GRPO(Objective):
     """
 
     needs: tuple[str, ...] = ("reward", "group")
+    past = "old_token_logp"
     Config = GRPOConfig
     config: GRPOConfig
 
@@ -155,6 +157,7 @@ class GSPO(Objective):
     """L = -min(rho A, clip(rho) A), rho = exp((s - s_old) / n) of the sequence; `old_logp` of `extra`, by default s."""
 
     needs = ("reward", "group")
+    past = "old_logp"
     Config = GSPOConfig
     config: GSPOConfig
 
