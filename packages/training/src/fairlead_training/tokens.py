@@ -2,8 +2,8 @@
 
 A tokenised row is one group: {"prompt_ids": [...], "completion_ids": [[...], ...]} and lists with one number per completion:
 role (1 wanted, -1 unwanted), rank (0 the best), reward, weight. A pair has two completions, unpaired data one.
-Columns are TRL's: prompt/chosen/rejected, prompt/completion/label, and two of ours, `rejected` as a list and
-prompt/completions/ranks or rewards. Text may be plain or a list of chat messages.
+Columns are TRL's: prompt/chosen/rejected, prompt/completion/label, prompt/completion, messages, and two of ours, `rejected`
+as a list and prompt/completions/ranks or rewards. Text may be plain or a list of chat messages.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any, Literal
 from fairlead.errors import InputError
 
 Row = Mapping[str, Any]
-Overlong = Literal["drop", "truncate", "raise"]
+Overlong = Literal["drop", "truncate", "truncate_prompt", "raise"]
+SHOWN = 5
 
 
 @dataclass
@@ -33,7 +34,8 @@ class Report:
     def line(self) -> str:
         """One line for a log."""
         causes = ", ".join(f"{count} {cause}" for cause, count in self.dropped.items())
-        return f"{self.rows} rows; dropped: {causes or 'none'}; truncated: {self.truncated}"
+        joined = f"; completions joined with their prompt's end: {self.merged}" if self.merged else ""
+        return f"{self.rows} rows; dropped: {causes or 'none'}; truncated: {self.truncated}{joined}"
 
 
 def tokenize(
@@ -42,50 +44,93 @@ def tokenize(
 ) -> tuple[list[dict[str, Any]], Report]:  # fmt: skip
     """Tokenised rows, and what became of the others.
 
-    rows: dicts with the columns above; rows that hold `completion_ids` pass as they are. tokenizer: with an end token; chat messages
-    need its chat template. max_length: most tokens of a prompt with one completion; longer rows are dropped, have their completions
-    cut ("truncate") or are an error ("raise"). identical: what to do with chosen == rejected.
-    InputError names row and column: missing columns, empty completions, labels that are none, ranks or rewards of another length, NaN.
+    rows: dicts with the columns above; rows that hold `completion_ids` are taken as tokenised. tokenizer: with an end token; chat
+    messages need its chat template. max_length: most tokens of a prompt with one completion; longer rows are dropped, lose the end of
+    their completions ("truncate") or the beginning of their prompt ("truncate_prompt"), or are an error ("raise"). identical: what to do
+    with chosen == rejected.
+    InputError names the first wrong row and its column, and says how many more there are: missing columns, empty completions, labels
+    that are none, ranks or rewards of another length, NaN.
     """
     made: list[dict[str, Any]] = []
+    wrong: list[tuple[str, InputError]] = []
     report = Report()
     for index, row in enumerate(rows):
         where = getattr(row, "where", "") or f"row {index}"
-        if "completion_ids" in row:
-            made.append(dict(row))
+        try:
+            found = _given(row, where) if "completion_ids" in row else _encoded(row, tokenizer, identical, report, where)
+            found = found and _fitted(found, max_length, overlong, report, where)
+        except InputError as error:
+            wrong.append((where, error))
             continue
-        prompt, completions, numbers = group(row, where)
-        folded = [" ".join(_plain(c).split()) for c in completions]
-        if any(not text for text in folded):
-            raise InputError(f"{where}: completion {folded.index('')} is empty; give at least one word")
-        if "role" in numbers and folded[0] in folded[1:]:
-            if identical == "raise":
-                raise InputError(f"{where}: chosen and rejected are the same text; identical='drop' leaves such rows out")
-            _count(report, "with chosen = rejected")
-            continue
-        ids = [encode(tokenizer, prompt, c, where) for c in completions]
-        report.merged += sum(joined for _, _, joined in ids)
-        start = min((p for p, _, _ in ids), key=len)
-        answers = [p[len(start) :] + c for p, c, _ in ids]
-        if any(p[: len(start)] != start for p, _, _ in ids):
-            raise InputError(f"{where}: the prompt has other tokens with each completion; this tokenizer cannot be used for groups")
-        longest = len(start) + max(map(len, answers))
-        if max_length is not None and longest > max_length:
-            if overlong == "raise" or (overlong == "truncate" and len(start) >= max_length):
-                raise InputError(f"{where}: {longest} tokens, max_length is {max_length}; overlong='drop' leaves such rows out")
-            if overlong == "drop":
-                _count(report, f"longer than {max_length} tokens")
-                continue
-            answers = [a[: max_length - len(start)] for a in answers]
-            report.truncated += 1
-        made.append({"prompt_ids": start, "completion_ids": answers, **numbers})
+        if found:
+            made.append(found)
+    if wrong:
+        others = [where for where, _ in wrong[1:]]
+        listed = ", ".join(others[:SHOWN]) + (", ..." if len(others) > SHOWN else "")
+        more = f"; {len(others)} more {'row is' if len(others) == 1 else 'rows are'} wrong ({listed})" if others else ""
+        raise InputError(f"{wrong[0][1]}{more}")
     report.rows = len(made)
     return made, report
+
+
+def _given(row: Row, where: str) -> dict[str, Any]:
+    """A row that is tokenised already."""
+    answers = row["completion_ids"]
+    if not answers or not all(isinstance(a, (list, tuple)) and a for a in answers):
+        raise InputError(f"{where}: completion_ids: must be lists of one id or more, got {answers!r:.60}")
+    if row.get("prompt_ids") is None:
+        raise InputError(f"{where}: column prompt_ids is missing beside completion_ids")
+    for column in ("role", "rank", "reward", "weight", "ref_logp"):
+        if row.get(column) is not None and len(row[column]) != len(answers):
+            raise InputError(f"{where}: {column}: one value per completion is needed ({len(answers)}), got {len(row[column])}")
+    return dict(row)
+
+
+def _encoded(row: Row, tokenizer: Any, identical: str, report: Report, where: str) -> dict[str, Any] | None:
+    """A row of text as ids; None when it is left out."""
+    prompt, completions, numbers = group(row, where)
+    folded = [" ".join(_plain(c).split()) for c in completions]
+    if any(not text for text in folded):
+        raise InputError(f"{where}: completion {folded.index('')} is empty; give at least one word")
+    if "role" in numbers and folded[0] in folded[1:]:
+        if identical == "raise":
+            raise InputError(f"{where}: chosen and rejected are the same text; identical='drop' leaves such rows out")
+        _count(report, "with chosen = rejected")
+        return None
+    ids = [encode(tokenizer, prompt, c, where) for c in completions]
+    report.merged += sum(joined for _, _, joined in ids)
+    start = min((p for p, _, _ in ids), key=len)
+    if any(p[: len(start)] != start for p, _, _ in ids):
+        raise InputError(f"{where}: the prompt has other tokens with each completion; this tokenizer cannot be used for groups")
+    return {"prompt_ids": start, "completion_ids": [p[len(start) :] + c for p, c, _ in ids], **numbers}
+
+
+def _fitted(row: dict[str, Any], max_length: int | None, overlong: Overlong, report: Report, where: str) -> dict[str, Any] | None:
+    """The row within max_length; None when it is left out."""
+    prompt, answers = row["prompt_ids"], row["completion_ids"]
+    answer = max(map(len, answers))
+    if max_length is None or len(prompt) + answer <= max_length:
+        return row
+    if overlong == "drop":
+        _count(report, f"longer than {max_length} tokens")
+        return None
+    room = max_length - (len(prompt) if overlong == "truncate" else answer)
+    if overlong == "raise" or room < 1:
+        part = f"; its {'prompt' if overlong == 'truncate' else 'completion'} alone leaves no room" if overlong != "raise" else ""
+        raise InputError(f"{where}: {len(prompt) + answer} tokens, max_length is {max_length}{part}; overlong='drop' leaves such rows out")
+    if row.get("prompt_position_ids") is not None:
+        raise InputError(f"{where}: {len(prompt) + answer} tokens, max_length is {max_length}; rows with positions of their own are not cut")
+    report.truncated += 1
+    if overlong == "truncate":
+        return {**row, "completion_ids": [a[:room] for a in answers]}
+    return {**row, "prompt_ids": prompt[-room:]}
 
 
 def group(row: Row, where: str) -> tuple[Any, list[Any], dict[str, list[Any]]]:
     """Prompt, completions and numbers per completion of a row of any of the shapes; InputError names what is wrong."""
     numbers: dict[str, list[Any]] = {}
+    if "messages" in row and "completion" not in row and "chosen" not in row:
+        row = {**row, **_demonstration(row["messages"], where)}
     if "chosen" in row or "rejected" in row:
         _need(row, ("chosen", "rejected"), where)
         rejected = row["rejected"]
@@ -103,7 +148,9 @@ def group(row: Row, where: str) -> tuple[Any, list[Any], dict[str, list[Any]]]:
                 values = list(row[column])
                 if len(values) != len(completions) or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
                     raise InputError(f"{where}: {column}: one finite number per completion is needed ({len(completions)}), got {values}")
-                numbers[name] = values
+                if name == "rank" and any(v != int(v) or v < 0 for v in values):
+                    raise InputError(f"{where}: ranks: must be whole numbers from 0, the best, got {values}; scores go into rewards")
+                numbers[name] = [int(v) for v in values] if name == "rank" else values
         if not numbers:
             raise InputError(f"{where}: column ranks or rewards is missing beside completions")
     elif "completion" in row:
@@ -115,7 +162,7 @@ def group(row: Row, where: str) -> tuple[Any, list[Any], dict[str, list[Any]]]:
         else:
             numbers["role"] = [1]
     else:
-        shapes = "prompt/chosen/rejected, prompt/completion/label, prompt/completion or prompt/completions/ranks"
+        shapes = "prompt/chosen/rejected, prompt/completion/label, prompt/completion, messages or prompt/completions/ranks"
         raise InputError(f"{where}: columns {', '.join(row) or 'none'}; needed are {shapes}")
     for column in ("weight", "ref_logp_mean"):
         if row.get(column) is not None:
@@ -138,6 +185,13 @@ def group(row: Row, where: str) -> tuple[Any, list[Any], dict[str, list[Any]]]:
     return prompt, completions, numbers
 
 
+def _demonstration(messages: Any, where: str) -> dict[str, Any]:
+    """A conversation as the prompt of its last answer."""
+    if not _is_messages(messages) or messages[-1]["role"] != "assistant" or len(messages) < 2:
+        raise InputError(f"{where}: messages: must be a conversation that ends with an answer of the role assistant")
+    return {"prompt": list(messages[:-1]), "completion": [messages[-1]]}
+
+
 def encode(tokenizer: Any, prompt: Any, completion: Any, where: str = "a row") -> tuple[list[int], list[int], bool]:
     """Ids of the prompt, ids of the completion with its end, and whether the tokenizer joined the two at the border."""
     if _is_messages(prompt) or _is_messages(completion):
@@ -149,7 +203,7 @@ def encode(tokenizer: Any, prompt: Any, completion: Any, where: str = "a row") -
     else:
         if not isinstance(prompt, str):
             raise InputError(f"{where}: prompt: must be text or a list of messages, got {type(prompt).__name__}")
-        first = list(tokenizer(prompt)["input_ids"]) if prompt else []
+        first = list(tokenizer(prompt)["input_ids"])  # of "", the tokens that begin every text
         end = tokenizer.eos_token_id
         if first and end is not None and first[-1] == end:  # some tokenizers end every text
             first = first[:-1]

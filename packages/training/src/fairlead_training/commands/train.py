@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from fairlead.errors import DataUnavailableError, InputError
+from fairlead.errors import InputError
 
 ADAPTERS = ("none", "lora")
 
@@ -39,9 +39,11 @@ def train(
     from fairlead.cli import echo_json, parse_settings
     from fairlead.runs import Run
 
+    from ..data import read
+
     method = registry.get("objective", objective)
     built = method.load()(**parse_settings(objective_settings))
-    rows, held_out = _rows(dataset, split), None if eval_dataset is None else _rows(eval_dataset, split)
+    rows, held_out = read(dataset, split), None if eval_dataset is None else read(eval_dataset, split)
     arguments = {**_file(config_file), **parse_settings(settings)}
     shown = {
         "objective": objective, "settings": built.config.public_dict(), "model": model, "dataset": dataset, "split": split,
@@ -78,24 +80,6 @@ def train(
     else:
         click.echo(f"data: {trainer.reports['train'].line()}\nmodel: {out / 'model'}\nreport: {out / 'report.html'}")
     return 0
-
-
-def _rows(name: str, split: str) -> list[Any]:
-    """Rows of a file, which know their line, or of a data set of the hub."""
-    from fairlead import records
-
-    if Path(name).suffix.lower() in (".jsonl", ".json", ".ndjson", ".parquet"):
-        rows: list[Any] = list(records.read(name))
-    else:
-        import datasets
-
-        try:
-            rows = list(datasets.load_dataset(name, split=split))
-        except Exception as error:  # datasets raises many kinds; none of them is ours
-            raise DataUnavailableError(f"{name}: no data set to be had: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
-    if not rows:
-        raise InputError(f"{name}: holds no rows")
-    return rows
 
 
 def _file(path: Path | None) -> dict[str, Any]:
