@@ -220,6 +220,8 @@ def test_a_combination_that_cannot_move_is_refused() -> None:
         CycleAlignLoopConfig(loss="rrhf", loss_settings=chosen)
     CycleAlignLoopConfig(loss="rrhf", target="black_box", loss_settings={"sft_weight": 0})
     CycleAlignLoopConfig(loss="pro", loss_settings={"sft_weight": 0})
+    with pytest.raises(ConfigError, match="unknown setting 'margins'; did you mean 'margin'"):
+        World(LIKE_WHITE, loss_settings={"margins": 0.1})
     with pytest.raises(ConfigError, match="n: should be greater than or equal to 2"):
         CycleAlignLoopConfig(n=1)
 

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from fairlead import registry
 from fairlead.config import MethodConfig
 from fairlead.errors import InputError
 
@@ -140,7 +141,8 @@ class CycleAlignLoop:
     each, under the model as it sampled. train: rows -> metrics to log, or None; it is not called without rows. static: demonstrations
     shown with every question, except to their own prompt.
 
-    InputError for a score that is not finite, and for as many scores or responses as were not asked for.
+    ConfigError for settings that the loss does not have; InputError for a score that is not finite, and for another number of scores or
+    responses than was asked for.
     """
 
     def __init__(
@@ -149,6 +151,7 @@ class CycleAlignLoop:
     ) -> None:  # fmt: skip
         self.sample, self.ranker, self.score, self.train = sample, ranker, score, train
         self.config = config or CycleAlignLoopConfig(**{})
+        registry.create("objective", self.config.loss, **self.config.loss_settings)  # a wrong setting is found before anything is paid for
         for number, shown in enumerate(static):
             if as_ranking(shown.ranking, len(shown.responses)) is None:
                 raise InputError(f"static demonstration {number}: ranking must be a permutation of its responses, got {list(shown.ranking)}")
@@ -335,7 +338,7 @@ class WhiteBox:
             own = sequence_stats(self.model, rows)
             if self.score_by == "mean_logp":
                 return [float(x) for x in own.logp / own.length]
-            return [float(x) for x in own.logp - sequence_stats(self.first, rows).logp]
+            return [float(x) for x in own.logp.cpu() - sequence_stats(self.first, rows).logp.cpu()]
 
     def train(self, rows: list[Row]) -> dict[str, float]:
         """One run of PreferenceTrainer on the rows."""
