@@ -25,6 +25,7 @@ TEST_TOOLS = [
     "scikit-learn",
     "peft",
     "datasets",
+    "trl",
     "import-linter",
     "latex2mathml",
     "pyyaml",
