@@ -7,9 +7,9 @@ from fairlead.runs import Run
 from fairlead_training.recipes.logo import (
     CONTEXT,
     FILLER,
-    LOGO,
     QUERY,
-    LOGOConfig,
+    Logo,
+    LogoConfig,
     answer_logp,
     answers,
     build_documents,
@@ -20,7 +20,7 @@ from fairlead_training.recipes.logo import (
 
 
 def test_the_recipe_reports_every_part_and_threshold(tmp_path):
-    recipe = LOGO(loss_seeds=1, start_most=2, loss_steps=1, position_steps=2, batch=4, test=4, documents=20, window=60)
+    recipe = Logo(loss_seeds=1, start_most=2, loss_steps=1, position_steps=2, batch=4, test=4, documents=20, window=60)
     run = Run.open(tmp_path / "run", "logo", recipe.config.model_dump(), 0)
     recipe(run)
     run.finish()
@@ -52,7 +52,7 @@ def test_the_rejected_answers_are_two_other_needles():
 
 
 def test_the_query_sees_every_token_at_ids_with_gaps():
-    config, rng = LOGOConfig(grid_share=1.0), torch.Generator().manual_seed(0)
+    config, rng = LogoConfig(grid_share=1.0), torch.Generator().manual_seed(0)
     model = needle_model(0).double()
     ids, _ = needle_rows(1, CONTEXT, rng)
     positions = row_positions(config, rng)[None]
@@ -67,14 +67,14 @@ def test_the_query_sees_every_token_at_ids_with_gaps():
 
 
 def test_seven_rows_in_ten_are_spread():
-    config, rng = LOGOConfig(), torch.Generator().manual_seed(0)
+    config, rng = LogoConfig(), torch.Generator().manual_seed(0)
     spread = sum(int(row_positions(config, rng)[-1]) == 499 for _ in range(400))
     assert spread == pytest.approx(280, abs=3 * 9.2)
-    assert torch.equal(row_positions(LOGOConfig(grid_share=0.0), rng), torch.arange(CONTEXT + 1))
+    assert torch.equal(row_positions(LogoConfig(grid_share=0.0), rng), torch.arange(CONTEXT + 1))
 
 
 def test_the_builder_is_right_wrong_and_in_between():
-    found = build_documents(LOGOConfig(documents=60), 0)
+    found = build_documents(LogoConfig(documents=60), 0)
     assert found["relevant"] == 1 and found["irrelevant"] == 0 and 0 < found["mixed"] < 1
     assert found["rows"] + found["dropped"] == 60 and found["filled"] == 0
     assert found["dropped"] == round(60 * found["mixed"])

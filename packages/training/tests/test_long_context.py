@@ -44,6 +44,7 @@ def test_entities_are_long_words_capitalised_spans_and_numbers() -> None:
     found = entities("Where did Ada Lovelace see 3.5 of the 12 engines? The sky was red, and they looked.")
     assert found == {"lovelace", "ada lovelace", "engines", "3.5", "12", "looked"}
     assert entities("The of and. Who?") == set()
+    assert entities("Ada's dog and Mr O'Brien") == {"ada", "mr o'brien", "brien"}
 
 
 @given(st.text(alphabet=" \nab.", max_size=60), st.integers(1, 5))
@@ -193,3 +194,5 @@ def test_bad_input_is_named() -> None:
         choose_chunks(SCORED, 2, 6, "best", rng())  # type: ignore[arg-type]
     with pytest.raises(InputError, match="irrelevant and mixed is needed, got \\[\\]"):
         preference_rows([], stub, generator=rng(), rejected=[])
+    with pytest.raises(InputError, match=r"must hold \{question\}, where the question goes, got 'Q:'"):
+        preference_rows([], stub, generator=rng(), question="Q:")

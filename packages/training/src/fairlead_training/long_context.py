@@ -29,7 +29,8 @@ _STOP = (
 )
 STOP_WORDS = frozenset(_STOP.split())
 _WORD = re.compile(r"[^\W\d_]+")
-_SPAN = re.compile(r"[A-Z][\w'’-]*(?:[ \t]+[A-Z][\w'’-]*)*")
+_NAME = r"[A-Z][\w-]*(?:['’][A-Z][\w-]*)?"  # O'Brien, but not the s of Ada's
+_SPAN = re.compile(rf"{_NAME}(?:[ \t]+{_NAME})*")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 
@@ -130,13 +131,15 @@ def preference_rows(
     """
     if not rejected or "relevant" in rejected:
         raise InputError(f"rejected: one kind or more of irrelevant and mixed is needed, got {list(rejected)}")
+    if "{question}" not in question:
+        raise InputError(f"question: must hold {{question}}, where the question goes, got {question!r}")
     made: list[dict[str, Any]] = []
     report = Report()
     for number, sample in enumerate(samples):
         absent = [name for name in ("question", "context") if not str(sample.get(name) or "").strip()]
         if absent:
             raise InputError(f"sample {number}: {absent[0]} is missing or empty")
-        asked = question.format(question=sample["question"])
+        asked = question.replace("{question}", sample["question"])
         scored = score_chunks(sample["question"], sample.get("answer"), sample["context"], chunk_size, extract, tokenizer)
         try:
             choices = {i: choose_chunks(scored, n_chunks, delta, kind, generator) for i, kind in enumerate(("relevant", *rejected))}

@@ -29,9 +29,13 @@ QUERY = FILLER + NEEDLES
 ARMS: dict[str, tuple[str, dict[str, Any], int]] = {
     "M = 2": ("logo", {"lam": 0.1}, 2), "M = 1": ("logo", {"lam": 0.1}, 1), "M = 2, lam 0": ("logo", {"lam": 0.0}, 2), "sft": ("sft", {}, 2),
 }  # fmt: skip
+PEOPLE = [f"{first} {last}" for first in ("Marta", "Jonas", "Irena", "Pavel", "Lidia", "Tomas") for last in ("Velden", "Brandt", "Kosar", "Ulrich")]
+THINGS = ("amber lantern", "silver compass", "copper kettle", "marble chessboard", "velvet curtain", "wooden flute")
+TOWNS = ("Corvale", "Tolmin", "Pelham", "Arden", "Brisk", "Helmsby", "Norwick", "Oswin")
+WEATHER = ("Rain fell upon every roof during that night.", "Nobody crossed the square before the bell rang.", "Smoke from the mill drifted over the river.")
 
 
-class LOGOConfig(MethodConfig):
+class LogoConfig(MethodConfig):
     """Sizes; the defaults finish in about three minutes on one core."""
 
     loss_seeds: int = Field(5, ge=1, description="models of part (a), seeded 5 seed, 5 seed + 1, ... by default")
@@ -50,11 +54,11 @@ class LOGOConfig(MethodConfig):
     documents: int = Field(200, ge=1, description="documents of part (c)")
 
 
-class LOGO(Recipe):
+class Logo(Recipe):
     """M = 2 against M = 1, grid against identity ids, and the answers of a data builder whose truth is known."""
 
-    Config = LOGOConfig
-    config: LOGOConfig
+    Config = LogoConfig
+    config: LogoConfig
 
     def __call__(self, run: Run) -> None:
         run.describe("LOGO", "One chosen over several rejected answers, short prompts spread over a long window, and data from the model itself.", "2410.18533")
@@ -107,7 +111,7 @@ def needle_step(model: Any, optimizer: torch.optim.Optimizer, batch: int, g: tor
     return float((logp.argmax(-1) == needle).float().mean())
 
 
-def train_losses(config: LOGOConfig, seed: int) -> list[dict[str, Any]]:
+def train_losses(config: LogoConfig, seed: int) -> list[dict[str, Any]]:
     """Part (a): one unfinished model, trained on by each arm with the same rows; held-out margin, likelihood and accuracy."""
     g = torch.Generator().manual_seed(seed)
     start = needle_model(seed)
@@ -143,7 +147,8 @@ def measure(model: Any, rows: int, seed: int) -> dict[str, float]:
     """Held-out margin a_w - mean a_l over two wrong needles, -a_w, and accuracy."""
     g = torch.Generator().manual_seed(seed + 1_000_000)
     logp_BM = answers(model, rows, g)
-    return {"margin": float((logp_BM[:, 0] - logp_BM[:, 1:].mean(1)).mean()), "nll": float(-logp_BM[:, 0].mean()), "accuracy": accuracy_at(model, CONTEXT, rows, g)}
+    margin = logp_BM[:, 0] - logp_BM[:, 1:].mean(1)
+    return {"margin": float(margin.mean()), "nll": float(-logp_BM[:, 0].mean()), "accuracy": accuracy_at(model, CONTEXT, rows, g)}
 
 
 @torch.no_grad()
@@ -156,7 +161,7 @@ def accuracy_at(model: Any, length: int, rows: int, g: torch.Generator) -> float
     return right / rows
 
 
-def train_positions(config: LOGOConfig, seed: int, ids: str) -> list[dict[str, Any]]:
+def train_positions(config: LogoConfig, seed: int, ids: str) -> list[dict[str, Any]]:
     """Part (b): a model trained with identity or grid ids, and its accuracy at each length."""
     g, rng = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
     model = needle_model(seed)
@@ -169,14 +174,14 @@ def train_positions(config: LOGOConfig, seed: int, ids: str) -> list[dict[str, A
     return [{"ids": ids, "tokens": length, "accuracy": accuracy_at(model, length, config.test, unseen)} for length in lengths]
 
 
-def row_positions(config: LOGOConfig, rng: torch.Generator) -> torch.Tensor:
+def row_positions(config: LogoConfig, rng: torch.Generator) -> torch.Tensor:
     """Grid ids with the query on the window's last, or the identity; the answer is never read, so it takes no id."""
     if float(torch.rand((), generator=rng)) >= config.grid_share:
         return torch.arange(CONTEXT + 1)
     return prompt_positions([CHUNK] * (CONTEXT // CHUNK), target_len=config.window, question_len=1, generator=rng)
 
 
-def build_documents(config: LOGOConfig, seed: int) -> dict[str, Any]:
+def build_documents(config: LogoConfig, seed: int) -> dict[str, Any]:
     """Part (c): shares of right answers by kind of context, before and after the rows whose answers agree are dropped."""
     g = torch.Generator().manual_seed(seed)
     samples = [document(g) for _ in range(config.documents)]
@@ -190,12 +195,6 @@ def build_documents(config: LOGOConfig, seed: int) -> dict[str, Any]:
     right = np.array([[a == s["town"] for a in given[3 * i : 3 * i + 3]] for i, s in enumerate(samples)])
     shares = dict(zip(("relevant", "irrelevant", "mixed"), right.mean(0).tolist(), strict=True))
     return {**shares, "rows": len(rows), "dropped": sum(report.dropped.values()), "filled": sum(sum(row["filled"]) for row in rows)}
-
-
-PEOPLE = [f"{first} {last}" for first in ("Marta", "Jonas", "Irena", "Pavel", "Lidia", "Tomas") for last in ("Velden", "Brandt", "Kosar", "Ulrich")]
-THINGS = ("amber lantern", "silver compass", "copper kettle", "marble chessboard", "velvet curtain", "wooden flute")
-TOWNS = ("Corvale", "Tolmin", "Pelham", "Arden", "Brisk", "Helmsby", "Norwick", "Oswin")
-WEATHER = ("Rain fell upon every roof during that night.", "Nobody crossed the square before the bell rang.", "Smoke from the mill drifted over the river.")
 
 
 def document(g: torch.Generator) -> dict[str, str]:
@@ -229,8 +228,10 @@ def report_losses(run: Run, rows: list[dict[str, Any]]) -> None:
     for r in rows:
         run.metric("margin", r["margin"], **{k: v for k, v in r.items() if k != "margin"})
     run.section("Several rejected answers", "Same start, same rows, one or two wrong needles. Plain cross-entropy (sft) has the largest margin: over 16 needles it is the better loss.")
-    names = ("margin", "nll", "accuracy")
-    run.table("After preference training", [{"arm": arm, **{n: spread(column(arm, n)) for n in names}} for arm in ("start", *ARMS)], note="Mean, least to largest over models.")
+    run.table(
+        "After preference training", [{"arm": arm, **{n: spread(column(arm, n)) for n in ("margin", "nll", "accuracy")}} for arm in ("start", *ARMS)],
+        note="Mean, least to largest over models.",
+    )
     gap = column("M = 2", "margin") - column("M = 1", "margin")
     run.check("margin of M = 2 above M = 1 for every model", bool((gap > 0).all()), f"smallest gap {gap.min():.3f}")
     ratio = column("M = 2", "nll") / column("M = 2, lam 0", "nll")
