@@ -90,14 +90,17 @@ def test_the_mean_is_over_all_questions_for_rrhf_too():
     toy = sums(AftConfig(sums_prompts=3), generator())
     torch.manual_seed(0)
     model = network(29, 8, 2, 7)
-    gold = toy.gold_Q.tolist()
-    pair = torch.tensor([[0, 0, gold[0]], [0, 0, (gold[0] + 1) % 7]])
+    every = torch.cartesian_prod(torch.tensor([0]), torch.arange(7), torch.arange(7))
+    scored, right = chain_logp(model, toy, every[:, 0], every[:, 1:]), every[:, 2] == toy.gold_Q[0]
+    worst_right, best_wrong = scored.masked_fill(~right, 0.0).argmin(), scored.masked_fill(right, -99.0).argmax()
+    pair = every[[int(worst_right), int(best_wrong)]]
     before = [p.detach().clone() for p in model.parameters()]
     train(model, torch.optim.SGD(model.parameters(), lr=1.0), toy, torch.cat([pair, torch.tensor([[1, 0, 0]])]), "rrhf", 1)
     again = network(29, 8, 2, 7)
     again.load_state_dict(dict(zip(again.state_dict(), before, strict=True)))
     s = chain_logp(again, toy, pair[:, 0], pair[:, 1:]) / 2
-    loss = (s[1] - s[0]).clamp(min=0) / 3 - chain_logp(again, toy, torch.arange(3), toy.reference_Q2).mean() / 2
+    assert float((s[1] - s[0]).detach()) > 0  # the hinge is active
+    loss = (s[1] - s[0]) / 3 - chain_logp(again, toy, torch.arange(3), toy.reference_Q2).mean() / 2
     steps = torch.autograd.grad(loss, list(again.parameters()))
     for now, was, step in zip(model.parameters(), before, steps, strict=True):
         torch.testing.assert_close(now.detach(), was - step)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -174,8 +175,7 @@ def tokenize_chains(
         made += [{**one, "reference": list(marks)} for one in found]
         whole.truncated += report.truncated
         whole.merged += report.merged
-        for cause, count in report.dropped.items():
-            whole.dropped[cause] = whole.dropped.get(cause, 0) + count
+        whole.dropped = dict(Counter(whole.dropped) + Counter(report.dropped))
     whole.rows = len(made)
     return made, whole
 
@@ -225,10 +225,7 @@ def boundary_beta(scores: Any, labels: Any, group: Any, below: float = 0.1) -> f
     The quantile over wrong chains n of min_p s_p - s_n. Arguments: see `assessment_accuracy`, labels of two kinds. InputError where no
     question has both kinds.
     """
-    scores, labels, group = _columns(scores, labels, group)
-    index, taken = grouped(group)
-    a_GN, l_GN = scores[index], labels[index]
-    better_GNN = (l_GN[:, :, None] > l_GN[:, None, :]) & taken[:, :, None] & taken[:, None, :]
+    a_GN, better_GNN = _tables(*_columns(scores, labels, group))
     gaps = (a_GN[:, :, None].masked_fill(~better_GNN, math.inf).min(1).values - a_GN)[better_GNN.any(1)]
     if not len(gaps):
         raise InputError("labels: no question has both a right and a wrong chain")
@@ -247,9 +244,14 @@ def _columns(scores: Any, labels: Any, group: Any) -> tuple[torch.Tensor, torch.
     return s, label.to(torch.float64), g
 
 
-def _pairs(scores: torch.Tensor, labels: torch.Tensor, group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs in the right order and all pairs of each question, [G]."""
+def _tables(scores: torch.Tensor, labels: torch.Tensor, group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores [G, N], and [G, N, N]: whether chain i of a question is better than its chain j."""
     index, taken = grouped(group)
     a_GN, l_GN = scores[index], labels[index]
-    better_GNN = (l_GN[:, :, None] > l_GN[:, None, :]) & taken[:, :, None] & taken[:, None, :]
+    return a_GN, (l_GN[:, :, None] > l_GN[:, None, :]) & taken[:, :, None] & taken[:, None, :]
+
+
+def _pairs(scores: torch.Tensor, labels: torch.Tensor, group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs in the right order and all pairs of each question, [G]."""
+    a_GN, better_GNN = _tables(scores, labels, group)
     return ((a_GN[:, :, None] > a_GN[:, None, :]) & better_GNN).sum((1, 2)), better_GNN.sum((1, 2))
