@@ -69,7 +69,7 @@ def both(kind: str, draft: Any, target: Any, mask: Any, chunk: int, reduction: s
     return found  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize(("kind", "chunk"), itertools.product(KINDS, (1, 7, 64)))
+@pytest.mark.parametrize(("kind", "chunk"), [*itertools.product(KINDS, (1, 7, 64))])
 def test_tiles_give_the_dense_loss_and_its_gradients(kind: str, chunk: int) -> None:
     draft, target = states()
     mask = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]]).bool()

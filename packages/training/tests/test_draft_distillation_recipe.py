@@ -31,7 +31,7 @@ def ran(folder: Path, **sizes: Any) -> Run:
 
 
 SMALL = {"chains": 2, "letters": 4, "steps": 3}
-TEXT = {"target_width": 16, "target_layers": 1, "target_steps": 2, "draft_width": 16, "draft_steps": 1, "rows": 32, "tokens": 8,
+TEXT = {"text": True, "target_width": 16, "target_layers": 1, "target_steps": 2, "draft_width": 16, "draft_steps": 1, "rows": 32, "tokens": 8,
         "distillation_steps": 1, "prompts": 8, "answer": 8}  # fmt: skip
 
 
