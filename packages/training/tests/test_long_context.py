@@ -81,6 +81,7 @@ def test_each_kind_of_context_takes_its_pool_in_document_order() -> None:
         assert sum(c.score > 6 for c in mixed.chunks) == 2 and mixed.filled == 0
         for choice in (relevant, irrelevant, mixed):
             assert ids(choice.chunks) == sorted(set(ids(choice.chunks))) and len(choice.chunks) == 3
+    assert ids(choose_chunks(SCORED, 2, 6, "relevant", rng()).chunks) == [3, 5]  # the best, not the first
     assert len({tuple(ids(choose_chunks(SCORED, 3, 6, "irrelevant", rng(s)).chunks)) for s in range(20)}) > 1
 
 
@@ -92,6 +93,8 @@ def test_a_pool_that_is_too_small_is_filled_by_the_nearest_score_and_says_so() -
     assert choose_chunks(high, 4, 6, "mixed", rng()) == (high, 1)
     assert choose_chunks(high, 3, 6, "relevant", rng()) == (high[:3], 2)
     assert choose_chunks(high, 2, 99, "mixed", rng()).filled == 1
+    for seed in range(10):  # no other chunk: the next worst stands in
+        assert Chunk(2, "", 7) in choose_chunks([Chunk(0, "", 9), Chunk(1, "", 8), Chunk(2, "", 7)], 2, 6, "mixed", rng(seed)).chunks
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(1, 12), st.integers(0, 9), st.integers(0, 5))
