@@ -139,6 +139,8 @@ def test_the_band_says_what_the_prediction_says(a: list[float], b: list[float], 
 def test_swapping_the_sides_swaps_the_changes_and_their_signs(a: list[float], b: list[float], d_w: float, d_l: float) -> None:
     c, swapped = coupling(a, b, d_w, d_l), coupling(b, a, d_l, d_w)
     assert (swapped.ds_w, swapped.ds_l) == pytest.approx((-c.ds_l, -c.ds_w), abs=1e-9)
+    assert (swapped.ratio_min, swapped.cos) == pytest.approx((c.ratio_min, c.cos))
+    assert c.ratio_min == pytest.approx(c.dot / min(c.norm_w**2, c.norm_l**2))  # the published script divides by the chosen norm
 
 
 @given(vectors, vectors, positive)

@@ -165,7 +165,7 @@ class Probe:
                 role = self.rows[pair]["role"][place % 2]
                 own[role] = [g.to(t.dtype) for g, t in zip(grads, totals[role], strict=True)]
                 for total, grad in zip(totals[role], own[role], strict=True):
-                    total += grad / count
+                    total.add_(grad, alpha=1 / count)
             pairs.append((pair, _sum(_dots(own[1], own[-1]))))
         if self._shared():
             totals = {role: [self.accelerator.reduce(t, "sum") for t in totals[role]] for role in (1, -1)}
