@@ -272,6 +272,10 @@ def test_distillation_raises_the_acceptance_and_logs_it(tmp_path: Path, kind: st
     logged = [entry for entry in trainer.state.log_history if "acceptance" in entry]
     assert len(logged) == 4 and logged[-1]["acceptance"] > logged[0]["acceptance"] and 0 < logged[0]["target_ahead"] < 1
     assert not draft.training and all(p.grad is None for p in target.parameters())
+    if kind == "tvd":
+        held = [{**row, "completion_ids": [row["completion_ids"][0][:2]]} for row in ROWS]
+        expected = 1 - float(acceptance(draft, target, held).mean())
+        assert trainer.evaluate(held)["eval_loss"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_acceptance_is_one_minus_the_tvd_of_each_row(tmp_path: Path) -> None:

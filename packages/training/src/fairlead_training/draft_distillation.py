@@ -413,6 +413,10 @@ class DistillationTrainer(Trainer):
         if target is None and not all("top_ids" in row for row in train_dataset):
             raise InputError("target: None goes with rows of top_k_targets; give the target model")
         args.remove_unused_columns = False
+        if target is not None and unwrapped(target).device != args.device:
+            target.to(args.device)
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # `accelerate launch` uses all of them
         self._width = None if target is None else shared_vocabulary(draft, target, processing_class)
         self.target = None if target is None else target.eval()
         self._settings: dict[str, Any] = {"loss": loss, "temperature": temperature, "beta": beta, "chunk": chunk}
@@ -425,9 +429,16 @@ class DistillationTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """The loss of a batch of rows."""
         found, _ = distillation_loss(model, self.target, inputs["batch"].rows, width=self._width, **self._settings)
-        for name, value in (("acceptance", float(found.acceptance.mean())), ("target_ahead", found.ahead)):
-            self._sums.setdefault(name, []).append(value)
+        if model.training:
+            for name, value in (("acceptance", float(found.acceptance.mean())), ("target_ahead", found.ahead)):
+                self._sums.setdefault(name, []).append(value)
         return (found.loss, found) if return_outputs else found.loss
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        """The loss of one batch of evaluation."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of the measures since the last log."""
