@@ -19,8 +19,8 @@ PROMPTS = [torch.tensor([5, 6]), torch.tensor([7])]
 
 
 def total(prompts, responses):
-    """A reward of ids with many ties: the sum modulo 7."""
-    return [float(int(y.sum()) % 7) for y in responses]
+    """A reward of ids with many ties: the sum of all, with the prompt's, modulo 7."""
+    return [float(int(x.sum() + y.sum()) % 7) for x, y in zip(prompts, responses, strict=True)]
 
 
 def ctrl(folder, **changes):
@@ -39,11 +39,12 @@ def test_the_reward_is_the_transform_of_the_mid_rank_quantile_among_the_referenc
     reward, answers = method.calibrate(tiny_model(), None, PROMPTS), method.reference_answers(tiny_model(), None, PROMPTS)
     asked = torch.tensor([3, 8, 9])
     for place, prompt in enumerate(PROMPTS):
-        kept = np.array(total([], answers[25 * place : 25 * (place + 1)]))
-        mine = total([], [asked])[0]
+        kept = np.array(total([prompt] * 25, answers[25 * place : 25 * (place + 1)]))
+        mine = total([prompt], [asked])[0]
         c = ((kept < mine) + 0.5 * (kept == mine)).mean()
         assert float(reward([prompt], [asked])[0]) == pytest.approx((math.exp(2 * c) - 1) / (math.exp(2) - 1), abs=1e-6)
-    assert 0 < len(set(total([], answers))) < 25 and reward.table.info["samples"] == "25"
+        assert 1 < len(set(kept)) < 25
+    assert reward.table.info["samples"] == "25"
 
 
 def test_the_reference_answers_lie_at_a_half_on_average_whatever_the_ties(tmp_path):
@@ -89,8 +90,10 @@ def test_the_reference_of_a_peft_model_is_the_model_without_its_adapters(tmp_pat
     torch.manual_seed(0)
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
     policy = peft.get_peft_model(copy.deepcopy(tiny_model()), config)
-    mine, plain = (ctrl(tmp_path).reference_answers(m, None, PROMPTS) for m in (policy, tiny_model()))
-    assert all(torch.equal(a, b) for a, b in zip(mine, plain, strict=True)) and len(files(tmp_path)) == 1
+    (tmp_path / "mine").mkdir(), (tmp_path / "plain").mkdir()
+    mine = ctrl(tmp_path / "mine").reference_answers(policy, None, PROMPTS)
+    plain = ctrl(tmp_path / "plain").reference_answers(tiny_model(), None, PROMPTS)
+    assert all(torch.equal(a, b) for a, b in zip(mine, plain, strict=True)) and files(tmp_path / "mine") == files(tmp_path / "plain")
 
 
 def test_texts_repeated_in_the_data_are_calibrated_once_and_the_reward_fits_trl(tmp_path):

@@ -65,7 +65,7 @@ def test_win_rates_of_exact_tilts_are_the_known_ones(transform, place, rate):
 
 
 def test_win_rates_against_all_groups_of_three_with_ties_by_hand():
-    q, p, r = LOG_P.exp().flip(0), LOG_P.exp(), torch.tensor([0.0, 1, 1, 2])
+    q, p, r = torch.tensor([0.1, 0.5, 0.15, 0.25], dtype=torch.float64), LOG_P.exp(), torch.tensor([0.0, 1, 1, 2])
     groups = torch.cartesian_prod(*[torch.arange(4)] * 3)
     for place, pick in ((1, torch.amax), (2, torch.amin)):
         value = pick(r[groups], 1)

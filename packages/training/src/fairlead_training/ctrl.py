@@ -27,6 +27,7 @@ from fairlead.errors import InputError, UnknownNameError
 from fairlead.files import atomic_write, cache_dir
 from fairlead.generation import encode, end_tokens, generate
 from fairlead.kinds.reward import as_reward, question
+from fairlead.logprobs import unwrapped
 from fairlead.rewards.calibrated import CalibratedReward
 from fairlead.rewards.calibration import CalibrationTable, as_transform, key
 
@@ -105,7 +106,8 @@ class CTRL(Configurable):
         from safetensors.torch import load_file, save
 
         c = self.config
-        with Reference(model).active() as reference:
+        with Reference(model).active() as active:
+            reference = unwrapped(active)
             ids = [encode(tokenizer, prompt, i).tolist() for i, prompt in enumerate(prompts)]
             sampling = (c.samples, c.max_new_tokens, c.temperature, c.top_k, c.top_p, c.seed, sorted(end_tokens(reference, tokenizer)))
             digest = hashlib.sha256(repr((model_fingerprint(reference, adapters=False), ids, sampling)).encode()).hexdigest()[:24]
@@ -175,9 +177,9 @@ def starting_beta(transform: Any, kl: float) -> float:
 class BetaController(TrainerCallback):
     """Moves beta until the policy's divergence is the target: log beta += rate clip((KL - target) / target, -1, 1).
 
-    beta: where it starts. target: nats, of the same kind as the KL it is told (TRL's GRPO logs a mean per token, its RLOO a sum
-    per sequence). rate: largest change of log beta. warmup: first updates that leave beta alone. By hand: `update(kl)`
-    after each step. With a trainer: `attach(trainer)`, which reads the logged `metric` and sets the trainer's `attribute`.
+    beta: where it starts. target: nats, in the unit of the KL it is told (TRL's GRPO and RLOO log a mean per token). rate:
+    largest change of log beta. warmup: first updates that leave beta alone. By hand: `update(kl)` after each step. With a
+    trainer: `attach(trainer)`, which reads the logged `metric` and sets the trainer's `attribute`.
     `state_dict` and `load_state_dict` carry it over an interruption.
     """
 

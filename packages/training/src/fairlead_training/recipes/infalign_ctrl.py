@@ -106,7 +106,8 @@ def train(
     with torch.no_grad():
         log_q_M = answer_logprobs(policy, answers_ML)
     kl_reached = float((log_q_M.exp() * (log_q_M - log_p_M)).sum())
-    return {"transform": name, "seed": seed, "kl": kl_reached, "beta": beta.beta, "rates": win_rates(log_q_M, log_p_M, token_reward([], answers_ML)), "path": path}
+    rates = win_rates(log_q_M, log_p_M, token_reward([], answers_ML))
+    return {"transform": name, "seed": seed, "kl": kl_reached, "beta": beta.beta, "rates": rates, "path": path}
 
 
 def exact_loss(log_q_M: torch.Tensor, log_p_M: torch.Tensor, phi_M: torch.Tensor, beta: float) -> tuple[torch.Tensor, float]:
