@@ -2,7 +2,7 @@
 
 "Direct Alignment of Draft Model for Speculative Decoding with Chat-Fine-Tuned LLMs" (arXiv 2403.00858) at small scale. Chains
 first: the target looks two letters back, the draft one, and every loss is trained to its end. Then letters of real text, with
-transformers on both sides, the target's own answers, `distill`, and the decoder `speculative` where one is registered.
+transformers on both sides, the target's own answers, `DistillationTrainer`, and the decoder `speculative` where one is registered.
 
 Shape suffixes: S contexts (pairs of letters), V letters, N rows, T tokens.
 """
@@ -30,7 +30,7 @@ from fairlead.errors import InputError
 from fairlead.kinds import Recipe
 from fairlead.runs import Run
 
-from ..draft_distillation import acceptance, distill, expected_tokens, make_distillation_set, top_k_targets
+from ..draft_distillation import DistillationTrainer, acceptance, expected_tokens, make_distillation_set, top_k_targets
 from ..objectives.distillation import DISTILLATION
 
 LOSSES = {"fkl": "KL, goes on", "rkl": "reverse KL", "tvd": "TVD", "tvdpp": "TVD++, exact", "tvdpp-sampled": "TVD++, sampled"}
@@ -47,17 +47,17 @@ class DraftDistillationConfig(MethodConfig):
     letters: int = Field(12, ge=3, description="letters of a chain")
     steps: int = Field(300, ge=1, description="Adam steps of the warm start by KL, and of each loss after it")
     learning_rate: float = Field(0.05, gt=0, description="learning rate of these steps")
-    text: bool = Field(False, description="also the part with transformers on letters of real text, a minute or two")
-    target_layers: int = Field(2, ge=1, description="layers of the target")
-    target_width: int = Field(64, ge=16, multiple_of=16, description="hidden width of the target")
-    target_steps: int = Field(300, ge=1, description="training steps of the target, 32 windows of 64 letters each")
+    text: bool = Field(False, description="also the part with transformers on letters of real text, some minutes")
+    target_layers: int = Field(3, ge=1, description="layers of the target")
+    target_width: int = Field(96, ge=16, multiple_of=16, description="hidden width of the target")
+    target_steps: int = Field(500, ge=1, description="training steps of the target, 32 windows of 64 letters each")
     draft_width: int = Field(32, ge=8, multiple_of=8, description="hidden width of the one-layer draft")
-    draft_steps: int = Field(400, ge=1, description="steps of the draft's training on plain text")
-    rows: int = Field(768, ge=32, description="answers of the target that the draft is trained on")
+    draft_steps: int = Field(1000, ge=1, description="steps of the draft's training on plain text")
+    rows: int = Field(1024, ge=32, description="answers of the target that the draft is trained on")
     tokens: int = Field(48, ge=8, description="letters of such an answer, after a prompt of 16")
-    distillation_steps: int = Field(300, ge=1, description="steps of each distillation, 32 rows each")
+    distillation_steps: int = Field(1000, ge=1, description="steps of each distillation, 32 rows each")
     prompts: int = Field(128, ge=8, description="held-out prompts")
-    answer: int = Field(32, ge=8, description="letters of their answers")
+    answer: int = Field(40, ge=8, description="letters of their answers")
 
 
 class DraftDistillation(Recipe):
@@ -184,11 +184,16 @@ def text_experiment(c: DraftDistillationConfig, run: Run) -> dict[str, Any]:
     rows = top_k_targets(target, rows, len(LETTERS), batch_size=128)  # all letters: the whole law, once for every epoch and loss
     asked = prompts(cut, len(text), c.prompts, run.seed + 3)
     held = answered(asked, max_new_tokens=c.answer)
+    from transformers import PrinterCallback
+
     for name, loss in ((KL, "fkl"), (TVD, "tvd")):
         run.progress(f"distillation by {name}", 0)
         drafts[name] = copy.deepcopy(drafts[BEFORE])
         with tempfile.TemporaryDirectory() as folder:
-            distill(drafts[name], None, rows, loss=loss, args=arguments(folder, c.distillation_steps, run.seed))
+            trainer = DistillationTrainer(drafts[name], None, arguments(folder, c.distillation_steps, run.seed), rows, loss=loss)
+            trainer.remove_callback(PrinterCallback)  # standard output is the recipe's
+            trainer.train()
+        drafts[name].eval()
     found: dict[str, Any] = {"acceptance": {}, "tokens": {}, "counted": {}, "calls_by": "", "parameters": {}}
     decodes = any(m.name == "speculative" for m in registry.methods("decoder"))
     for name, draft in drafts.items():
