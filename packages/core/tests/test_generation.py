@@ -77,6 +77,18 @@ def test_a_candidate_is_the_same_alone_in_a_batch_and_among_more(model: Any) -> 
     assert len({tuple(c) for c in whole[0]}) > 1, "candidates of one prompt differ"
 
 
+def test_a_model_with_adapters_writes_what_the_model_beneath_writes(model: Any) -> None:
+    import copy
+
+    peft = pytest.importorskip("peft")
+    prompts = [torch.tensor([3, 4, 5]), torch.tensor([6])]
+    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    found, beneath = (generate(m, None, prompts, max_new_tokens=8) for m in (adapted, adapted.get_base_model()))
+    plain = generate(model, None, prompts, max_new_tokens=8)
+    assert all(torch.equal(a[0].ids, b[0].ids) for a, b in zip(found, beneath, strict=True))
+    assert any(not torch.equal(a[0].ids, b[0].ids) for a, b in zip(found, plain, strict=True))
+
+
 def test_another_seed_gives_other_answers(model: Any) -> None:
     asked = prompts(4, 4)
     assert ids(generate(model, None, asked, seed=0)) == ids(generate(model, None, asked, seed=0))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .errors import InputError
+from .logprobs import unwrapped
 
 if TYPE_CHECKING:
     from .kinds.watermark import TokenSampler
@@ -47,7 +48,7 @@ class RolloutEngine:
         self.rollback = rollback
         self._slides = slides(model)
         # transformers 5.24 calls the argument `cache`, earlier versions `past_key_values`.
-        parameters = inspect.signature(model.forward).parameters
+        parameters = inspect.signature(unwrapped(model).forward).parameters  # wrappers hide them
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         self._takes_cache = self._cache_name in parameters
         self._takes_positions = "position_ids" in parameters
