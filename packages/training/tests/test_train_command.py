@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +88,27 @@ def test_a_bad_line_of_the_file_is_named(place: Path) -> None:
         stream.write('{"prompt": "w1", "chosen": " w2"}\n')
     with pytest.raises(InputError, match="line 9: column rejected is missing"):
         run(place, *SHORT)
+
+
+def test_a_reward_trains_on_answers_of_the_model(place: Path) -> None:
+    (place / "pairs.jsonl").write_text("".join(json.dumps({"prompt": f"w{i} w1"}) + "\n" for i in range(8)))
+    drawn = ("--set", "num_generations=2", "--set", "max_completion_length=4", "--set", "per_device_train_batch_size=2")
+    run(place, *SHORT, *drawn, "--objective", "rloo", "--reward", "length", "--reward-set", "target=3", "--set", "max_steps=2")
+    rows = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {"reward", "reward_std", "completions/mean_length"} <= {row["name"] for row in rows}
+    record = json.loads((place / "run" / "run.json").read_text())
+    assert record["config"]["reward"] == "length" and record["status"] == "finished"
+    with pytest.raises(InputError, match="--reward-set belongs to a reward"):
+        run(place, "--reward-set", "target=3")
+
+
+def test_two_processes_keep_one_run_directory(place: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "fairlead", "train"]
+    fixed = ["--model", str(place / "model"), "--dataset", str(place / "pairs.jsonl"), "--out", str(place / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    more = [*SHORT, "--set", "ddp_backend=gloo", "--set", "per_device_train_batch_size=2"]
+    done = subprocess.run([*command, *fixed, *more], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-8000:]
+    assert done.stdout.count("report:") == 1
+    assert json.loads((place / "run" / "run.json").read_text())["status"] == "finished"
+    assert (place / "run" / "model" / "config.json").exists()

@@ -24,6 +24,7 @@ from fairlead.logprobs import unwrapped
 
 from .references import Reference
 from .statistics import Row, attention_of, lay_out, token_stats
+from .tokens import Report
 from .trainer import PreferenceConfig, PreferenceTrainer, collate
 
 ROLLOUTS_FILE = "rollouts.json"
@@ -111,6 +112,7 @@ class OnPolicyTrainer(PreferenceTrainer):
             rows.append({"prompt_ids": ids.tolist(), "prompt": row.get("prompt"), "columns": columns})
         if not rows:
             raise InputError(f"{name}_dataset: holds no prompt")
+        self.reports[name] = Report(rows=len(rows))
         return rows
 
     def _add_reference(self, rows: list[dict[str, Any]] | None) -> None:

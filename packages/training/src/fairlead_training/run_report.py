@@ -10,7 +10,10 @@ from transformers import TrainerCallback
 from fairlead.progress import Bar
 from fairlead.runs import Run
 
-SHOWN = (("loss", "eval_loss"), ("rewards/margins", "eval_rewards/margins"), ("rewards/accuracies", "eval_rewards/accuracies"), ("logps/chosen", "logps/rejected"))
+SHOWN = (
+    ("loss", "eval_loss"), ("rewards/margins", "eval_rewards/margins"), ("rewards/accuracies", "eval_rewards/accuracies"),
+    ("logps/chosen", "logps/rejected"), ("reward", "eval_reward"), ("kl",), ("completions/mean_length",),
+)  # fmt: skip
 
 
 class RunReport(TrainerCallback):
@@ -62,6 +65,6 @@ def draw(run: Run, history: list[dict[str, Any]]) -> None:
     for row in history:
         last.update(row)
     run.table("Where it ended", [{"quantity": name, "last value": f"{value:.5g}"} for name, value in sorted(last.items()) if isinstance(value, float)])
-    for name in ("loss", "rewards/accuracies", "eval_loss"):
+    for name in ("loss", "rewards/accuracies", "reward", "eval_loss"):
         if name in last:
             run.headline(name, f"{last[name]:.4g}", "last logged")

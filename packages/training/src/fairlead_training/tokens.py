@@ -164,7 +164,7 @@ def group(row: Row, where: str) -> tuple[Any, list[Any], dict[str, list[Any]]]:
     else:
         shapes = "prompt/chosen/rejected, prompt/completion/label, prompt/completion, messages or prompt/completions/ranks"
         raise InputError(f"{where}: columns {', '.join(row) or 'none'}; needed are {shapes}")
-    for column in ("weight", "ref_logp_mean"):
+    for column in ("weight", "ref_logp_mean", "reference"):
         if row.get(column) is not None:
             value = row[column]
             values = list(value) if isinstance(value, (list, tuple)) else [value] * len(completions)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ ADAPTERS = ("none", "lora")
 @click.command()
 @click.option("--objective", default="dpo", show_default=True, help="Registered objective; `fairlead methods --kind objective` lists them.")
 @click.option("--objective-set", "objective_settings", multiple=True, metavar="NAME=VALUE", help="A setting of the objective; may be repeated.")
+@click.option("--reward", default=None, help="Registered reward: trains on answers that the model writes (reinforce, rloo, grpo, gspo).")
+@click.option("--reward-set", "reward_settings", multiple=True, metavar="NAME=VALUE", help="A setting of the reward; may be repeated.")
 @click.option("--model", required=True, help="Folder, hub id or zoo:NAME of a causal LM.")
-@click.option("--dataset", required=True, help="JSONL or Parquet file, or a hub id, with TRL's columns.")
+@click.option("--dataset", required=True, help="JSONL or Parquet file, or a hub id, with TRL's columns; prompts with --reward.")
 @click.option("--split", default="train", show_default=True, help="Split of a hub data set.")
 @click.option("--eval-dataset", default=None, help="File with rows to evaluate on.")
 @click.option("--peft", "adapter", type=click.Choice(ADAPTERS), default="none", show_default=True, help="Train an adapter and leave the model alone.")
@@ -28,12 +32,15 @@ ADAPTERS = ("none", "lora")
 @click.option("--force", is_flag=True, help="Replace a finished training.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def train(
-    objective: str, objective_settings: tuple[str, ...], model: str, dataset: str, split: str, eval_dataset: str | None, adapter: str,
-    config_file: Path | None, settings: tuple[str, ...], seed: int, out: Path, resume: bool, force: bool, as_json: bool,
+    objective: str, objective_settings: tuple[str, ...], reward: str | None, reward_settings: tuple[str, ...], model: str, dataset: str,
+    split: str, eval_dataset: str | None, adapter: str, config_file: Path | None, settings: tuple[str, ...], seed: int, out: Path,
+    resume: bool, force: bool, as_json: bool,
 ) -> int:  # fmt: skip
-    """Train a model on preferences.
+    """Train a model on preferences, or on a reward.
 
     Example: fairlead train --objective simpo --model zoo:sft --dataset pairs.jsonl --peft lora --set max_steps=100 --out runs/simpo
+
+    On several devices or processes: accelerate launch -m fairlead train ...
     """
     from fairlead import registry
     from fairlead.cli import echo_json, parse_settings
@@ -43,30 +50,31 @@ def train(
 
     method = registry.get("objective", objective)
     built = method.load()(**parse_settings(objective_settings))
+    if reward_settings and reward is None:
+        raise InputError("--reward-set belongs to a reward; name it with --reward")
+    judge = None if reward is None else registry.create("reward", reward, **parse_settings(reward_settings))
     rows, held_out = read(dataset, split), None if eval_dataset is None else read(eval_dataset, split)
     arguments = {**_file(config_file), **parse_settings(settings)}
     shown = {
         "objective": objective, "settings": built.config.public_dict(), "model": model, "dataset": dataset, "split": split,
         "eval_dataset": eval_dataset, "peft": adapter, "arguments": arguments,
+        **({} if judge is None else {"reward": reward, "reward_settings": judge.config.public_dict()}),
     }  # fmt: skip
-    args = _arguments(arguments, out, seed)
+    args = _arguments(arguments, out, seed, judge is not None)
     from fairlead.models import load
 
     policy, tokenizer = load(model, device="cpu" if args.use_cpu else None)
+    if os.environ.get("RANK", "0") != "0":  # the first process keeps the run directory
+        return _follow(policy, built, judge, args, rows, held_out, tokenizer, adapter, resume)
     run = Run.open(out, "train", shown, seed, resume=resume, force=force)
     run.describe(f"Training with {objective}", method.summary, method.paper)
     checkpoints = sorted((out / "checkpoints").glob("checkpoint-*")) if resume else []
     if not resume:
-        import shutil
-
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
         shutil.rmtree(out / "model", ignore_errors=True)
     try:
-        trainer = _trainer(policy, built, args, rows, held_out, tokenizer, adapter, run)
-        trainer.train(resume_from_checkpoint=True if checkpoints else None)
-        trainer.save_model(str(out / "model"))
-        trainer.accelerator.wait_for_everyone()
-        trainer.accelerator.end_training()
+        trainer = _trainer(policy, built, judge, args, rows, held_out, tokenizer, adapter, run)
+        _train(trainer, bool(checkpoints), out)
     except KeyboardInterrupt:
         run.fail("interrupted", "Ctrl-C")
         click.echo(f"interrupted; the last checkpoint is kept: the same command with --resume goes on ({out})", err=True)
@@ -80,6 +88,21 @@ def train(
     else:
         click.echo(f"data: {trainer.reports['train'].line()}\nmodel: {out / 'model'}\nreport: {out / 'report.html'}")
     return 0
+
+
+def _follow(policy: Any, built: Any, judge: Any, args: Any, rows: Any, held_out: Any, tokenizer: Any, adapter: str, resume: bool) -> int:
+    """The training on a process that is not the first: it writes nothing but its part of the checkpoints."""
+    out = Path(args.output_dir).parent
+    trainer = _trainer(policy, built, judge, args, rows, held_out, tokenizer, adapter, None)
+    _train(trainer, resume and any(Path(args.output_dir).glob("checkpoint-*")), out)
+    return 0
+
+
+def _train(trainer: Any, resume: bool, out: Path) -> None:
+    trainer.train(resume_from_checkpoint=True if resume else None)
+    trainer.save_model(str(out / "model"))
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 def _file(path: Path | None) -> dict[str, Any]:
@@ -96,23 +119,25 @@ def _file(path: Path | None) -> dict[str, Any]:
     return content
 
 
-def _arguments(settings: dict[str, Any], out: Path, seed: int) -> Any:
-    """PreferenceConfig of the settings; an unknown or impossible one is a line."""
+def _arguments(settings: dict[str, Any], out: Path, seed: int, on_policy: bool) -> Any:
+    """PreferenceConfig or OnPolicyConfig of the settings; an unknown or impossible one is a line."""
     import difflib
 
     import torch
 
+    from ..on_policy import OnPolicyConfig
     from ..trainer import PreferenceConfig
 
-    known = PreferenceConfig.__dataclass_fields__
+    kind = OnPolicyConfig if on_policy else PreferenceConfig
+    known = kind.__dataclass_fields__
     for name in settings:
         if name not in known or name in ("output_dir", "seed"):
             near = difflib.get_close_matches(name, known, n=1)
-            raise InputError(f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; see TrainingArguments and PreferenceConfig"))
+            raise InputError(f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; see TrainingArguments and {kind.__name__}"))
     defaults = {"report_to": [], "logging_steps": 10, "learning_rate": 1e-6, "use_cpu": not torch.cuda.is_available(), "disable_tqdm": True}
     settings = {name: _typed(name, value, known[name].default) for name, value in settings.items()}
     try:
-        return PreferenceConfig(output_dir=str(out / "checkpoints"), seed=seed, **{**defaults, **settings})
+        return kind(output_dir=str(out / "checkpoints"), seed=seed, **{**defaults, **settings})
     except (TypeError, ValueError, ImportError) as error:
         raise InputError(f"settings: {str(error).splitlines()[0]}") from None
 
@@ -131,19 +156,26 @@ def _typed(name: str, value: Any, default: Any) -> Any:
     raise InputError(f"{name}: must be {'a number' if number else 'true or false'}, got {value!r}")
 
 
-def _trainer(policy: Any, objective: Any, args: Any, rows: Any, held_out: Any, tokenizer: Any, adapter: str, run: Any) -> Any:
+def _trainer(
+    policy: Any, objective: Any, judge: Any, args: Any, rows: Any, held_out: Any, tokenizer: Any, adapter: str, run: Any
+) -> Any:
     from transformers import PrinterCallback
 
     from ..run_report import RunReport
-    from ..trainer import PreferenceTrainer
 
-    peft_config = None
+    options: dict[str, Any] = {"eval_dataset": held_out, "processing_class": tokenizer, "callbacks": [] if run is None else [RunReport(run)]}
     if adapter == "lora":
         from peft import LoraConfig
 
-        peft_config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
-    trainer = PreferenceTrainer(
-        policy, objective, args, rows, held_out, processing_class=tokenizer, peft_config=peft_config, callbacks=[RunReport(run)]
-    )
+        options["peft_config"] = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    trainer: Any
+    if judge is None:
+        from ..trainer import PreferenceTrainer
+
+        trainer = PreferenceTrainer(policy, objective, args, rows, **options)
+    else:
+        from ..on_policy import OnPolicyTrainer
+
+        trainer = OnPolicyTrainer(policy, objective, args, rows, judge, **options)
     trainer.remove_callback(PrinterCallback)
     return trainer
