@@ -116,7 +116,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Measure the hot paths against their peers and the floor; fails where one falls behind its ratio."""
-    install_house(session)
+    install_house(session, "trl", "peft", "datasets")
     session.run("python", "benchmarks/run.py", *session.posargs, env=ONE_THREAD)
 
 

@@ -25,7 +25,8 @@ class Row:
     operation, shape, dtype: what is measured. ours, peers: setups by name. baseline: the peer that the ratio is taken
     against. at_least: how many times faster than it ours must be (below 1: how much slower it may be); 0 = no demand.
     floor: a setup that moves the least bytes, or None. check: raises when ours and the peer disagree.
-    memory: also measure the peak of extra memory, in a process of its own; most_mib: what that may be, None = no demand.
+    memory: also measure the peak of extra memory, in a process of its own; most_mib: what that may be, None = no demand;
+    less_memory: how many times less than the baseline's it must be, 0 = no demand.
     peer_repeats: fewer for slow peers.
     """
 
@@ -41,6 +42,7 @@ class Row:
     check: Callable[[], None] | None = None
     peer_repeats: int | None = None
     most_mib: float | None = None
+    less_memory: float = 0.0
 
     @property
     def name(self) -> str:

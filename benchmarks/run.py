@@ -78,6 +78,10 @@ def _behind(r: dict[str, Any]) -> list[str]:
         found.append(f"{r['name']}: {r['ratio']:.2f}x, {r['at_least']:.3g}x is asked")
     if r["most_mib"] is not None and r["peak_mib"] is not None and r["peak_mib"] > r["most_mib"]:
         found.append(f"{r['name']}: peak {r['peak_mib']:.0f} MiB, {r['most_mib']:.0f} are allowed")
+    peer = r["peer_peak_mib"]
+    if r["less_memory"] and peer is not None and r["peak_mib"] is not None and peer < r["less_memory"] * r["peak_mib"]:
+        times = peer / max(r["peak_mib"], 1e-9)
+        found.append(f"{r['name']}: {times:.1f}x less memory, {r['less_memory']:.3g}x is asked")
     return found
 
 
@@ -111,7 +115,7 @@ def _work(path: Path, only: str, quick: bool) -> int:
         if row.memory:
             found.peak_mib = _ask_memory(path, row.name, "ours")
             found.peer_peak_mib = _ask_memory(path, row.name, row.baseline)
-        asked = {"at_least": row.at_least, "most_mib": row.most_mib, "baseline": row.baseline}
+        asked = {"at_least": row.at_least, "most_mib": row.most_mib, "less_memory": row.less_memory, "baseline": row.baseline}
         print(json.dumps({**asdict(found), **asked}), flush=True)
     return failed
 
