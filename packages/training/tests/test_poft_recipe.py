@@ -5,91 +5,81 @@ import torch
 
 from fairlead.runs import Run
 from fairlead_training.recipes import poft
-from fairlead_training.recipes.poft import (
-    ARMS,
-    PoFT,
-    PoFTConfig,
-    accuracy,
-    compare,
-    descend,
-    sequence_world,
-    token_mean,
-    token_world,
-)
-
-SMALL = {
-    "replicates": 1, "sequence_replicates": 1, "rows": 40, "test": 30, "aligned_models": 1, "aligned_rows": 10, "steps": 2, "early": 1, "sequence_rows": 12,
-    "sequence_batch": 6, "sequence_aligned_rows": 6, "sequence_aligned_steps": 1,
-}  # fmt: skip
+from fairlead_training.recipes.poft import PARTS, PoFT, PoFTConfig, accuracy, compare, network, token_mean, world
 
 
 def test_the_recipe_reports_every_arm_and_threshold(tmp_path, monkeypatch):
-    monkeypatch.setattr(poft, "STOPS", (1, 2, 3))
-    monkeypatch.setattr(poft, "ARMS", {name: arm._replace(stop=2) for name, arm in ARMS.items()})
-    recipe = PoFT(**SMALL)
+    for name, part in PARTS.items():
+        arms = {arm: how._replace(stop=min(how.stop // 60, 3)) for arm, how in part.arms.items()}
+        monkeypatch.setitem(poft.PARTS, name, part._replace(arms=arms))
+    recipe = PoFT(replicates=1, rows=40, test=30, aligned_models=1, aligned_rows=10, sequence_aligned_rows=10, steps=2, early=1)
     run = Run.open(tmp_path / "run", "poft", recipe.config.model_dump(), 0)
     recipe(run)
     run.finish()
     assert len(run.checks) == 6 and not run.passed  # two steps are too few for the thresholds
     assert (tmp_path / "run" / "report.html").exists()
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4 * (len(ARMS) + 2) + len(run.checks)
+    written = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert all(f'"arm": "{arm}"' in written for part in PARTS.values() for arm in part.arms)
 
 
 def test_poft_keeps_what_cross_entropy_loses_to_noise():
-    found = {x["arm"]: x for x in compare(PoFTConfig(rows=200, test=1000, steps=150, aligned_models=1), token_world, 0)}
+    config = PoFTConfig(rows=200, test=1000, steps=150, aligned_models=1)
+    found = {x["arm"]: x for x in compare(config, PARTS["one token"], 0)}
     assert found["PoFT"]["end"] - found["CE"]["end"] >= 0.1
     assert found["PoFT"]["tau_clean"] / found["PoFT"]["tau_spoilt"] >= 4
     spread = [found[name]["sd_r_bar"] for name in ("PoFT, aligned models of 60 steps", "PoFT", "PoFT, aligned models of 600 steps")]
     assert spread == sorted(spread) and spread[2] > 1.5 * spread[0]
 
 
-@pytest.mark.parametrize("make", [token_world, sequence_world])
-def test_a_share_of_the_training_answers_is_spoilt_and_none_of_the_others(make):
-    world = make(PoFTConfig(rows=4000, sequence_rows=4000), 3)
-    spoilt = 1 - float(world.train.clean.float().mean())
-    # A token drawn anew is right one time in ten; two exchanged tokens are equal one time in eight.
-    assert spoilt == pytest.approx(0.4 * (0.9 if make is token_world else 7 / 8), abs=0.03)
-    assert all(bool(rows.clean.all()) for rows in (world.test, *world.aligned))
+@pytest.mark.parametrize(("part", "wrong"), [("one token", 0.4 * 9 / 10), ("three tokens", 0.4 * 5 / 6)])
+def test_a_share_of_the_training_answers_is_spoilt_and_none_of_the_others(part, wrong):
+    place = world(PoFTConfig(rows=4000), PARTS[part], 3)
+    # A token drawn anew is right one time in ten; two exchanged tokens are equal one time in six, or a little more often.
+    assert 1 - float(place.train.clean.float().mean()) == pytest.approx(wrong, abs=0.03)
+    assert all(bool(rows.clean.all()) for rows in (place.test, *place.aligned))
 
 
 def test_spoilt_answers_of_three_tokens_hold_the_right_tokens_in_another_order():
-    train = sequence_world(PoFTConfig(), 0).train
-    image = {}
-    for prompt, answer in zip(train.inputs[train.clean].tolist(), train.answers[train.clean].tolist(), strict=True):
-        for place, pair in enumerate(zip(prompt, answer, strict=True)):
-            assert image.setdefault((place, pair[0]), pair[1]) == pair[1]
-    for prompt, answer in zip(train.inputs[~train.clean].tolist(), train.answers[~train.clean].tolist(), strict=True):
-        right = [image[place, symbol] for place, symbol in enumerate(prompt)]
-        assert sorted(right) == sorted(answer) and sum(a != b for a, b in zip(right, answer, strict=True)) == 2
+    spoilt, clean = (world(PoFTConfig(noise=noise), PARTS["three tokens"], 0).train for noise in (0.999, 1e-9))
+    assert torch.equal(spoilt.features[..., :16], clean.features[..., :16]) and bool(clean.clean.all())
+    assert torch.equal(spoilt.answers.sort(1).values, clean.answers.sort(1).values)
+    assert set((spoilt.answers != clean.answers).sum(1).tolist()) == {0, 2}
 
 
-def test_the_greedy_answer_of_three_tokens_is_what_counts():
-    from fairlead.generation import generate
-
-    world = sequence_world(PoFTConfig(test=60, sequence_aligned_rows=60), 1)
-    model = world.network(0, True).eval()
-    for _ in descend(world, model, "sft", world.aligned[0], torch.zeros(60), 80, 1e-2):
-        pass
-    answers = [g[0].ids.tolist() for g in generate(model, None, list(world.test.inputs), max_new_tokens=3, temperature=0)]
-    expected = [a == b for a, b in zip(answers, world.test.answers.tolist(), strict=True)]
-    assert 0 < sum(expected) < 60
-    assert world.correct(model, world.test).tolist() == expected
-    assert accuracy(world, model) == pytest.approx(sum(expected) / 60)
+def test_a_token_is_predicted_from_x_the_tokens_before_and_its_place():
+    x = torch.randn(2, 16)
+    made = poft.features(x, torch.tensor([[3, 7, 1], [0, 2, 9]]), 10)
+    assert made.shape == (2, 3, 16 + 20 + 2)
+    assert torch.equal(made[:, :, :16], x[:, None].expand(-1, 3, -1))
+    ones = [[at.nonzero().flatten().tolist() for at in row] for row in made[:, :, 16:]]
+    assert ones == [[[], [3, 20], [3, 17, 21]], [[], [0, 20], [0, 12, 21]]]
+    assert torch.equal(poft.features(x, torch.tensor([[3], [0]]), 10)[:, 0], x)
 
 
-def test_the_mean_over_tokens_is_that_of_the_logits():
-    world = sequence_world(PoFTConfig(), 0)
-    model, rows = world.network(0, True), world.train.take(torch.arange(5))
-    ids = torch.cat([rows.inputs, rows.answers], 1)
-    logp = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)[:, 2:-1].gather(2, rows.answers[..., None])
-    assert torch.allclose(token_mean(world, model, rows), logp.mean((1, 2)), atol=1e-6)
+def test_an_answer_is_right_when_greedy_decoding_gives_it():
+    model, x = network(PARTS["three tokens"], 32, 0), torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
+    answer = torch.zeros(50, 3, dtype=torch.int64)
+    for place in range(3):
+        answer[:, place] = model(poft.features(x, answer, 6))[:, place].argmax(-1)
+    changed = answer.clone()
+    changed[:20, 1] = (changed[:20, 1] + 1) % 6
+    everything = torch.ones(50, dtype=torch.bool)
+    assert accuracy(model, poft.Rows(poft.features(x, answer, 6), answer, everything)) == 1
+    assert accuracy(model, poft.Rows(poft.features(x, changed, 6), changed, everything)) == pytest.approx(0.6)
+
+
+def test_the_mean_is_over_the_tokens_of_an_answer():
+    rows = world(PoFTConfig(), PARTS["three tokens"], 0).train
+    model = network(PARTS["three tokens"], 32, 0)
+    expected = -torch.nn.functional.cross_entropy(model(rows.features).transpose(1, 2), rows.answers, reduction="none").mean(1)
+    assert torch.allclose(token_mean(model, rows), expected, atol=1e-6)
 
 
 def test_a_world_and_its_models_come_from_the_seed_alone():
-    for make in (token_world, sequence_world):
-        first, again, other = (make(PoFTConfig(), seed) for seed in (4, 4, 5))
+    for part in PARTS.values():
+        first, again, other = (world(PoFTConfig(), part, seed) for seed in (4, 4, 5))
         assert torch.equal(first.train.answers, again.train.answers) and not torch.equal(first.train.answers, other.train.answers)
         torch.manual_seed(1)
-        one = first.network(0, False)
+        one = network(part, 8, 0)
         torch.manual_seed(2)
-        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), again.network(0, False).parameters(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), network(part, 8, 0).parameters(), strict=True))
