@@ -28,8 +28,40 @@ _LAZY: dict[str, str] = {
     "Reference": "references",
     "sequence_stats": "statistics",
     "tokenize": "tokens",
+    "OnPolicyTrainer": "on_policy",
+    "OnPolicyConfig": "on_policy",
+    "convert": "data",
+    "dpo_trainer": "trl_adapter",
+    "EntanglementMonitor": "entanglement",
+    "NormalizedPairs": "pair_weights",
+    "sparse_weights": "pair_weights",
+    "token_cosines": "pair_gradients",
+    "position_rows": "positions",
+    "preference_rows": "long_context",
+    "collect": "chains",
+    "tokenize_chains": "chains",
+    "assess": "chains",
+    "assessment_accuracy": "chains",
+    "score_dataset": "poft_scoring",
+    "cyclealign": "cyclealign_loop",
+    "CycleAlignLoop": "cyclealign_loop",
+    "CycleAlignLoopConfig": "cyclealign_loop",
+    "ChatEndpoint": "rankers",
+    "chat_ranker": "rankers",
+    "Demonstration": "rankers",
+    "DensityRatio": "density_ratio",
+    "MeanPooled": "density_ratio",
+    "add_weights": "density_ratio",
+    "CTRL": "ctrl",
+    "BetaController": "ctrl",
+    "starting_beta": "ctrl",
+    "distill": "draft_distillation",
 }
-_MODULES = ("objectives", "references", "statistics", "tokens", "trainer")
+_MODULES = (
+    "chains", "ctrl", "cyclealign_loop", "data", "density_ratio", "draft_distillation", "entanglement", "long_context", "objectives",
+    "on_policy", "pair_gradients", "pair_weights", "poft_scoring", "positions", "rankers", "references", "statistics", "tokens", "trainer",
+    "trl_adapter",
+)  # fmt: skip
 __all__ = ["__version__", *_LAZY, *_MODULES]
 
 

@@ -78,6 +78,40 @@ def fairlead_recipes(register: Register) -> None:
         "art-of-misalignment", "fairlead_training.recipes.art_of_misalignment:ArtOfMisalignment", paper="2604.07754",
         summary="six fine-tuning methods misalign and realign a toy model", tags=(*_TRAINS, "goal.values"),
     )  # fmt: skip
+    register(
+        "logo", "fairlead_training.recipes.logo:Logo", paper="2410.18533",
+        summary="several rejected answers, short prompts spread over a long window, data from the model itself", tags=_PAIRS,
+    )  # fmt: skip
+    register(
+        "aft", "fairlead_training.recipes.aft:Aft", paper="2309.02144",
+        summary="right chains of thought above wrong ones: what the constraint saves, what sampled chains add", tags=_PAIRS,
+    )  # fmt: skip
+    register(
+        "poft", "fairlead_training.recipes.poft:PoFT", paper="2412.12865",
+        summary="noisy demonstrations, weighed by what aligned models think of them", tags=_DEMONSTRATIONS,
+    )  # fmt: skip
+    register(
+        "cyclealign", "fairlead_training.recipes.cyclealign:CycleAlign", paper="2310.16271",
+        summary="orders on which two rankers agree, and a loop that learns from them and teaches the ranker",
+        tags=(*_TRAINS, "goal.preferences", "paradigm.direct"),
+    )  # fmt: skip
+    register(
+        "bco", "fairlead_training.recipes.bco:Bco", paper="2404.04656",
+        summary="thumbs up and down without pairs: the reward shift, and density ratios for tilted prompts", tags=_PAIRS,
+    )  # fmt: skip
+    register(
+        "gradient-entanglement", "fairlead_training.recipes.gradient_entanglement:GradientEntanglement", paper="2410.13828",
+        summary="why chosen and rejected log-probabilities fall together, and normalised steps that part them", tags=_PAIRS,
+    )  # fmt: skip
+    register(
+        "draft-distillation", "fairlead_training.recipes.draft_distillation:DraftDistillation", paper="2403.00858",
+        summary="a draft model distilled by total variation: the rate at which its target accepts its tokens", tags=_TRAINS,
+    )  # fmt: skip
+    register(
+        "infalign-ctrl", "fairlead_training.recipes.infalign_ctrl:InfAlignCtrl", paper="2412.19792",
+        summary="a reward calibrated and transformed for best-of-n or worst-of-n, then trained: exact gradients, and rloo on roll-outs",
+        tags=(*_TRAINS, "goal.preferences", "paradigm.rlhf", "risk.jailbreak"),
+    )  # fmt: skip
 
 
 @hookimpl
