@@ -284,7 +284,7 @@ def test_acceptance_is_one_minus_the_tvd_of_each_row(tmp_path: Path) -> None:
     for row, value in zip(ROWS, found, strict=True):
         ids = torch.tensor([row["prompt_ids"] + row["completion_ids"][0]])
         expected = 1 - tvd(draft(input_ids=ids).logits[0, 2:-1], target(input_ids=ids).logits[0, 2:-1], temperature=0.6)
-        assert float(value) == pytest.approx(float(expected), abs=1e-5)
+        assert float(value) == pytest.approx(expected.item(), abs=1e-5)
     torch.testing.assert_close(acceptance(draft, draft, ROWS), torch.ones(8, dtype=torch.float64), rtol=1e-5, atol=1e-5)
 
 
