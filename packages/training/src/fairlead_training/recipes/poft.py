@@ -62,7 +62,7 @@ PARTS = {
 
 
 class PoFTConfig(MethodConfig):
-    """Sizes; the defaults take about a minute and a half on one core."""
+    """Sizes; the defaults take about two minutes on one core."""
 
     replicates: int = Field(5, ge=1, description="worlds of each toy, seeded 5 seed, 5 seed + 1, ... by default")
     rows: int = Field(600, ge=2, description="training rows, all in each step")
