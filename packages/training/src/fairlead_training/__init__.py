@@ -43,6 +43,7 @@ _LAZY: dict[str, str] = {
     "assess": "chains",
     "assessment_accuracy": "chains",
     "score_dataset": "poft_scoring",
+    "AlignedModel": "poft_scoring",
     "cyclealign": "cyclealign_loop",
     "CycleAlignLoop": "cyclealign_loop",
     "CycleAlignLoopConfig": "cyclealign_loop",
@@ -56,6 +57,9 @@ _LAZY: dict[str, str] = {
     "BetaController": "ctrl",
     "starting_beta": "ctrl",
     "distill": "draft_distillation",
+    "chunked_distillation": "draft_distillation",
+    "make_distillation_set": "draft_distillation",
+    "expected_tokens": "draft_distillation",
 }
 _MODULES = (
     "chains", "ctrl", "cyclealign_loop", "data", "density_ratio", "draft_distillation", "entanglement", "long_context", "objectives",
