@@ -105,7 +105,8 @@ def fairlead_recipes(register: Register) -> None:
     )  # fmt: skip
     register(
         "draft-distillation", "fairlead_training.recipes.draft_distillation:DraftDistillation", paper="2403.00858",
-        summary="a draft model distilled by total variation: the rate at which its target accepts its tokens", tags=_TRAINS,
+        summary="a draft model distilled by total variation: the rate at which its target accepts its tokens",
+        tags=(*_TRAINS, "goal.instructions"),
     )  # fmt: skip
     register(
         "infalign-ctrl", "fairlead_training.recipes.infalign_ctrl:InfAlignCtrl", paper="2412.19792",
