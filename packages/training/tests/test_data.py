@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,9 @@ def test_long_rows_lose_the_beginning_of_their_prompt_or_the_end_of_their_comple
     assert cut[0] == {**whole, "completion_ids": [a[:1] for a in whole["completion_ids"]]}
     again, _ = tokenize([whole], None, max_length=5, overlong="truncate")  # tokenised rows obey too
     assert again == cut
+    scored = {"prompt": "w1 w2", "completion": " w5 w6", "ref_logp_mean": -1.0}
+    with pytest.raises(InputError, match="ref_logp_mean is the score of the whole completion, which would be cut"):
+        tokenize([scored], tokenizer, max_length=4, overlong="truncate")
     with pytest.raises(InputError, match="its completion alone leaves no room"):
         tokenize([row], tokenizer, max_length=3, overlong="truncate_prompt")
 
@@ -136,3 +140,27 @@ def test_wrong_tokenised_rows_are_named(row: Any, message: str) -> None:
 def test_an_empty_prompt_keeps_the_tokens_that_begin_every_text(tokenizer: Any) -> None:
     made, _ = tokenize([{"prompt": "", "completion": "w2 w3"}], tokenizer)
     assert made[0]["prompt_ids"] + made[0]["completion_ids"][0] == [*tokenizer("w2 w3")["input_ids"], tokenizer.eos_token_id]
+
+
+@pytest.mark.real_models
+def test_a_real_chat_template_gives_prompt_and_answer() -> None:
+    from fairlead.models import load
+
+    try:
+        _, chat = load("zoo:smollm2-135m-instruct")
+    except DataUnavailableError as error:
+        if os.environ.get("FAIRLEAD_REQUIRE_REAL_MODELS") == "1":
+            raise
+        pytest.skip(str(error))
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}]
+    yes, no = ({"role": "assistant", "content": text} for text in ("It is 4.", "It is 5, I believe."))
+    pair = {"prompt": asked, "chosen": [yes], "rejected": [no]}
+    (row,), report = tokenize([pair], chat)
+    assert row["prompt_ids"] == chat(chat.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))["input_ids"]
+    for answer, text in zip(row["completion_ids"], ("It is 4.", "It is 5, I believe."), strict=True):
+        assert chat.decode(answer) == f"{text}<|im_end|>\n" and answer[-2] == chat.convert_tokens_to_ids("<|im_end|>")
+    assert report.merged == 0
+    assert tokenize([{"chosen": [*asked, yes], "rejected": [*asked, no]}], chat)[0] == [row]
+    assert tokenize([{"messages": [*asked, yes]}], chat)[0][0]["completion_ids"] == row["completion_ids"][:1]
+    plain, _ = tokenize([{"prompt": "Two and two", "completion": " is four."}], chat)
+    assert chat.decode(plain[0]["prompt_ids"] + plain[0]["completion_ids"][0]) == f"Two and two is four.{chat.eos_token}"

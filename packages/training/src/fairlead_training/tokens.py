@@ -118,6 +118,8 @@ def _fitted(row: dict[str, Any], max_length: int | None, overlong: Overlong, rep
     if overlong == "raise" or room < 1:
         part = f"; its {'prompt' if overlong == 'truncate' else 'completion'} alone leaves no room" if overlong != "raise" else ""
         raise InputError(f"{where}: {len(prompt) + answer} tokens, max_length is {max_length}{part}; overlong='drop' leaves such rows out")
+    if overlong == "truncate" and row.get("ref_logp_mean") is not None:
+        raise InputError(f"{where}: ref_logp_mean is the score of the whole completion, which would be cut; use overlong='drop'")
     if row.get("prompt_position_ids") is not None:
         raise InputError(f"{where}: {len(prompt) + answer} tokens, max_length is {max_length}; rows with positions of their own are not cut")
     report.truncated += 1

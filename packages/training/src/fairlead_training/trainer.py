@@ -33,6 +33,7 @@ from .tokens import Report, tokenize
 log = logging.getLogger("fairlead")
 STATE_FILE = "objective.json"
 STAGING = ".unfinished"
+MADE_BY = {"ref_logp_mean": "made by fairlead_training.score_dataset", "reward": "or take OnPolicyTrainer, which draws completions"}
 # d loss / d logp [S] of this process's sequences and their statistics (logp with gradient) -> the weights to go back with.
 Reweight = Callable[[torch.Tensor, SequenceStats], torch.Tensor]
 
@@ -172,7 +173,8 @@ class PreferenceTrainer(Trainer):
         for column in self.objective.needs:
             missing = next((i for i, row in enumerate(rows) if row.get(column) is None), None)
             if column not in made and missing is not None:
-                raise InputError(f"{name}_dataset: row {missing} has no {column}, which {type(self.objective).__name__} needs")
+                made_by = f" ({MADE_BY[column]})" if column in MADE_BY else ""
+                raise InputError(f"{name}_dataset: row {missing} has no {column}, which {type(self.objective).__name__} needs{made_by}")
         if "group" in self.objective.needs:
             alone = next((i for i, row in enumerate(rows) if len(row["completion_ids"]) < 2), None)
             if alone is not None:
