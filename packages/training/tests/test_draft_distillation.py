@@ -20,11 +20,7 @@ from fairlead.errors import InputError
 from fairlead.generation import generate
 from fairlead.testing import tiny_model
 from fairlead_training.draft_distillation import (
-    BINS,
-    FromHead,
-    TopK,
     acceptance,
-    chunked_distillation,
     distill,
     distillation_loss,
     expected_tokens,
@@ -33,6 +29,7 @@ from fairlead_training.draft_distillation import (
     shared_vocabulary,
     top_k_targets,
 )
+from fairlead_training.objectives.chunked_distillation import BINS, FromHead, TopK, chunked_distillation
 from fairlead_training.objectives.distillation import DISTILLATION, tvd
 
 KINDS = tuple(BINS)

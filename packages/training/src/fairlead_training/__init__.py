@@ -57,7 +57,7 @@ _LAZY: dict[str, str] = {
     "BetaController": "ctrl",
     "starting_beta": "ctrl",
     "distill": "draft_distillation",
-    "chunked_distillation": "draft_distillation",
+    "chunked_distillation": "objectives.chunked_distillation",
     "make_distillation_set": "draft_distillation",
     "expected_tokens": "draft_distillation",
 }
