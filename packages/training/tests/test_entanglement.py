@@ -23,7 +23,7 @@ from fairlead.testing import tiny_model
 from fairlead_training import PreferenceConfig, PreferenceTrainer, sequence_stats
 from fairlead_training.entanglement import MEANING, Coupling, EntanglementMonitor, entanglement, state_of
 from fairlead_training.pair_gradients import Probe, head_gram, selected, token_cosines, token_gradients
-from fairlead_training.pair_weights import NormalizedPairs, balanced, sparse_weights
+from fairlead_training.pair_weights import NormalizedPairs, balanced, sparse_rows, sparse_weights
 
 PAIRS = [
     {"prompt_ids": [3 + i, 5, 7], "completion_ids": [[10 + i, 11, 12], [20 + i, 11]], "role": [1, -1]} for i in range(4)
@@ -319,6 +319,7 @@ def test_rows_that_are_no_pairs_are_refused() -> None:
 
 def trainer(folder: Path, *callbacks: Any, objective: Any = "dpo", model: Any = None, **settings: Any) -> PreferenceTrainer:
     options = {k: settings.pop(k) for k in ("peft_config", "objective_settings") if k in settings}
+    rows = settings.pop("rows", PAIRS)
     chosen = {
         "per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1, "report_to": [], "use_cpu": True,
         "disable_tqdm": True, "save_strategy": "no", "ref_cache_dir": str(folder / "cache"), "lr_scheduler_type": "constant",
@@ -326,7 +327,7 @@ def trainer(folder: Path, *callbacks: Any, objective: Any = "dpo", model: Any = 
     }  # fmt: skip
     args = PreferenceConfig(output_dir=str(folder / "out"), **{**chosen, **settings})
     model = copy.deepcopy(tiny_model()) if model is None else model
-    return PreferenceTrainer(model, objective, args, [dict(row) for row in PAIRS], callbacks=list(callbacks), **options)
+    return PreferenceTrainer(model, objective, args, [dict(row) for row in rows], callbacks=list(callbacks), **options)
 
 
 def weights(run: PreferenceTrainer) -> torch.Tensor:
@@ -454,6 +455,22 @@ def test_leaving_out_equal_tokens_in_equal_contexts_keeps_the_margin() -> None:
     assert float(sparse[0]) > float(plain[0])
 
 
+def test_training_on_sparse_rows_leaves_the_shared_tokens_out(tmp_path: Path) -> None:
+    rows = [{"prompt_ids": [1, 2 + i], "completion_ids": [[5, 6, 3], [5, 9, 3, 4]], "role": [1, -1]} for i in range(4)]
+    run = trainer(tmp_path, rows=sparse_rows(rows), max_steps=3)
+    stats = run.statistics(run.model, run.train_dataset)
+    tokens = sequence_stats(run.model, rows, tokens=True).extra["token_logp"]
+    assert stats.logp.tolist() == pytest.approx((tokens * sparse_weights(rows)).sum(1).tolist(), abs=1e-5)
+    assert stats.ref_logp is not None
+    assert stats.ref_logp.tolist() == pytest.approx(stats.logp.tolist(), abs=1e-5)  # the reference leaves them out as well
+    run.train()
+    assert run.state.log_history[-2]["rewards/margins"] > 0
+    plain = trainer(tmp_path, rows=rows, max_steps=1)  # another data set: its reference is not that of the sparse rows
+    assert plain.train_dataset[0]["ref_logp"] != run.train_dataset[0]["ref_logp"]
+    with pytest.raises(InputError, match="token_weights: every completion needs one weight for each of its tokens"):
+        sequence_stats(run.model, [{**rows[0], "token_weights": [[1.0], [1.0] * 4]}])
+
+
 SCRIPT = """
 import sys, torch
 sys.path.insert(0, {tests!r})
@@ -469,6 +486,8 @@ def watched(folder: Path, **settings: Any) -> None:
     run.train()
     if run.accelerator.is_main_process:
         torch.save(weights(run), folder / "weights.pt")
+    run.accelerator.wait_for_everyone()
+    run.accelerator.end_training()
 
 
 def test_two_processes_see_what_one_sees(tmp_path: Path) -> None:

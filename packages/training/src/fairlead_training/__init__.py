@@ -35,6 +35,7 @@ _LAZY: dict[str, str] = {
     "EntanglementMonitor": "entanglement",
     "NormalizedPairs": "pair_weights",
     "sparse_weights": "pair_weights",
+    "sparse_rows": "pair_weights",
     "token_cosines": "pair_gradients",
     "position_rows": "positions",
     "preference_rows": "long_context",

@@ -91,7 +91,7 @@ class NormalizedPairs(TrainerCallback):
 
 def sparse_weights(rows: Sequence[Row]) -> torch.Tensor:
     """Weights of the completions' tokens, float32 [S, T] in the order of the sequences: 1 on the tokens in which a pair's
-    completions differ, 0 on the blocks they share and beyond the end. `TokenStats.sum_S` takes them.
+    completions differ, 0 on the blocks they share and beyond the end. `sparse_rows` puts them into the rows.
 
     rows: tokenised rows of pairs whose prompts are not empty. Completions that share everything but what one of them has more keep
     only that; InputError for a row that is no pair.
@@ -108,3 +108,10 @@ def sparse_weights(rows: Sequence[Row]) -> torch.Tensor:
         kept += pair
     width = max(map(len, kept), default=0)
     return torch.tensor([own + [0.0] * (width - len(own)) for own in kept]).reshape(len(kept), width)
+
+
+def sparse_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows with `token_weights` of `sparse_weights`: PreferenceTrainer then trains, and measures its reference, on the tokens in
+    which a pair's completions differ."""
+    weights = iter(sparse_weights(rows).tolist())
+    return [{**row, "token_weights": [next(weights)[: len(ids)] for ids in row["completion_ids"]]} for row in rows]

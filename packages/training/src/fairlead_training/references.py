@@ -21,7 +21,7 @@ from fairlead.files import atomic_write, cache_dir
 from fairlead.logprobs import unwrapped
 from fairlead.models import logits_width
 
-from .statistics import Row, attention_of, lay_out, packs, token_stats
+from .statistics import Row, attention_of, lay_out, packs, token_stats, token_weights
 from .tokens import fingerprint
 
 TOKENS_PER_PASS = 4096
@@ -75,8 +75,7 @@ class Reference:
             with attention_of(model, packed):
                 for part in by_tokens(rows, completions):
                     stats = token_stats(model, lay_out(part, packed, unwrapped(model).device, completions), temperature)
-                    weight = objective.token_weights(stats.length_S(), stats.layout.groups) if hasattr(objective, "token_weights") else None
-                    found += stats.sum_S(weight).tolist()
+                    found += stats.sum_S(token_weights(stats, part, objective, completions)).tolist()
         return found
 
 

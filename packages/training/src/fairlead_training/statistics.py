@@ -24,7 +24,7 @@ from fairlead.packed import Segment, packed_attention, why_not_packable
 
 Row = Mapping[str, Any]
 COLUMNS = ("role", "rank", "reward", "weight", "ref_logp")
-_KNOWN = {*COLUMNS, "prompt_ids", "completion_ids", "prompt_position_ids", "completion_position", "mismatched_ids", "mismatched_ref_logp"}
+_KNOWN = {*COLUMNS, "prompt_ids", "completion_ids", "token_weights", "prompt_position_ids", "completion_position", "mismatched_ids", "mismatched_ref_logp"}
 
 
 @dataclass
@@ -215,7 +215,7 @@ def sequence_stats(
     """What an objective may know of the completions of tokenised rows, in their order.
 
     model: a causal LM, wrapped or not; gradients follow torch's mode. rows: see `fairlead_training.tokens`; further columns of numbers
-    per completion become `extra`. objective: one that weights tokens (ld-dpo) or needs WPO's weights gets them. packed: default where
+    per completion become `extra`, and `token_weights`, a list per completion, weight the tokens of the sums. objective: one that weights tokens (ld-dpo) or needs WPO's weights gets them. packed: default where
     the model can. tokens: also `token_logp` and `token_mask` [S, T]. columns: computed elsewhere, "ref_logp" or names of `extra`.
     InputError for completions without a token.
     """
@@ -233,9 +233,8 @@ def assemble(
     length_S, device = found.length_S(), found.logp_N.device
     given = {name: _column(rows, name, found.count, device) for name in _names(rows)} | dict(columns or {})
     extra = {name: value for name, value in given.items() if name not in COLUMNS}
-    weight_ST = None
-    if hasattr(objective, "token_weights"):
-        weight_ST = objective.token_weights(length_S, found.layout.groups)
+    weight_ST = token_weights(found, rows, objective)
+    if weight_ST is not None and hasattr(objective, "token_weights"):
         extra["weighted_length"] = weight_ST.sum(1)
     if found.log_sum_p2_N is not None:
         from .objectives.pairwise import wpo_weight
@@ -247,6 +246,23 @@ def assemble(
         extra["token_mask"] = found.table_ST(torch.ones_like(found.logp_N)).bool()
     known: dict[str, Any] = {name: given[name] for name in COLUMNS if name in given}
     return SequenceStats(logp=found.sum_S(weight_ST), length=length_S, group=found.layout.groups, extra=extra, **known)
+
+
+def token_weights(found: TokenStats, rows: Sequence[Row], objective: Any = None, completions: str = "completion_ids") -> torch.Tensor | None:
+    """What each token counts in its sequence's sum, [S, T]: the objective's weights times those of the rows' column
+    `token_weights`; None where there are neither. InputError for a row whose weights do not fit its completions."""
+    length_S = found.length_S()
+    weight_ST = objective.token_weights(length_S, found.layout.groups) if hasattr(objective, "token_weights") else None
+    if completions != "completion_ids" or not any(row.get("token_weights") is not None for row in rows):
+        return weight_ST
+    given = [w for row in rows for w in (row.get("token_weights") or [[1.0] * len(ids) for ids in row[completions]])]
+    wrong = next((s for s, (w, n) in enumerate(zip(given, length_S.tolist(), strict=False)) if len(w) < n), None)
+    if wrong is not None or len(given) != found.count:
+        raise InputError("token_weights: every completion needs one weight for each of its tokens")
+    # An empty prompt leaves the first token unscored: the weights of the others are the last ones.
+    kept = [torch.tensor(w[len(w) - n :]) for w, n in zip(given, length_S.tolist(), strict=True)]
+    own_ST = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True).to(found.logp_N)
+    return own_ST if weight_ST is None else own_ST * weight_ST
 
 
 def _names(rows: Sequence[Row]) -> list[str]:

@@ -80,7 +80,7 @@ def _given(row: Row, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: completion_ids: must be lists of one id or more, got {answers!r:.60}")
     if row.get("prompt_ids") is None:
         raise InputError(f"{where}: column prompt_ids is missing beside completion_ids")
-    for column in ("role", "rank", "reward", "weight", "ref_logp"):
+    for column in ("role", "rank", "reward", "weight", "ref_logp", "token_weights"):
         if row.get(column) is not None and len(row[column]) != len(answers):
             raise InputError(f"{where}: {column}: one value per completion is needed ({len(answers)}), got {len(row[column])}")
     return dict(row)
@@ -124,7 +124,8 @@ def _fitted(row: dict[str, Any], max_length: int | None, overlong: Overlong, rep
         raise InputError(f"{where}: {len(prompt) + answer} tokens, max_length is {max_length}; rows with positions of their own are not cut")
     report.truncated += 1
     if overlong == "truncate":
-        return {**row, "completion_ids": [a[:room] for a in answers]}
+        cut = {"token_weights": [w[:room] for w in row["token_weights"]]} if row.get("token_weights") is not None else {}
+        return {**row, "completion_ids": [a[:room] for a in answers], **cut}
     return {**row, "prompt_ids": prompt[-room:]}
 
 
@@ -223,7 +224,7 @@ def fingerprint(rows: Sequence[Row]) -> str:
     digest = hashlib.sha256()
     for row in rows:
         digest.update(repr((list(row["prompt_ids"]), [list(c) for c in row["completion_ids"]], row.get("mismatched_ids"))).encode())
-        digest.update(repr((row.get("prompt_position_ids"), row.get("completion_position"))).encode())
+        digest.update(repr((row.get("prompt_position_ids"), row.get("completion_position"), row.get("token_weights"))).encode())
     return digest.hexdigest()[:32]
 
 

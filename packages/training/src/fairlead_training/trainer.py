@@ -232,10 +232,12 @@ class PreferenceTrainer(Trainer):
         return (loss, out) if return_outputs else loss
 
     def statistics(self, model: Any, rows: Sequence[Row]) -> SequenceStats:
-        """SequenceStats of this process's rows, with gradient where it is on."""
+        """SequenceStats of this process's rows, with gradient where it is on. Checkpointed layers run again in the backward pass,
+        which then needs `attention_of` too, as `training_step` has it."""
         device = unwrapped(model).device
-        columns = self.columns(model, rows, device)
-        found = token_stats(model, lay_out(rows, self.packed, device), self.temperature, squares="wpo_weight" in self.objective.needs)
+        with attention_of(self.model, self.packed):
+            columns = self.columns(model, rows, device)
+            found = token_stats(model, lay_out(rows, self.packed, device), self.temperature, squares="wpo_weight" in self.objective.needs)
         return assemble(found, rows, self.objective, tokens="token_logp" in self.objective.needs, columns=columns)
 
     def columns(self, model: Any, rows: Sequence[Row], device: Any) -> dict[str, torch.Tensor]:
