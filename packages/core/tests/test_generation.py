@@ -89,6 +89,20 @@ def test_a_model_with_adapters_writes_what_the_model_beneath_writes(model: Any) 
     assert any(not torch.equal(a[0].ids, b[0].ids) for a, b in zip(found, plain, strict=True))
 
 
+def test_a_tokenizer_that_ends_every_text_does_not_end_a_prompt() -> None:
+    from fairlead.generation import encode
+
+    class Ending:
+        eos_token_id = 1
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            ids = [1 if word == "</s>" else len(word) + 1 for word in text.split()]
+            return {"input_ids": ids + [1] * add_special_tokens}
+
+    assert encode(Ending(), "aa bbb").tolist() == [3, 4]
+    assert encode(Ending(), "aa </s>").tolist() == [3, 1, 1]  # an end that the text itself holds stays as it is
+
+
 def test_another_seed_gives_other_answers(model: Any) -> None:
     asked = prompts(4, 4)
     assert ids(generate(model, None, asked, seed=0)) == ids(generate(model, None, asked, seed=0))

@@ -419,3 +419,21 @@ def test_heads_may_differ_by_padding_rows_that_the_tokenizer_shows() -> None:
     found, _ = distillation_loss(draft, target, ROWS, width=64)
     cut = [torch.cat([m(input_ids=torch.tensor([r["prompt_ids"] + r["completion_ids"][0]])).logits[0, 2:-1, :64] for r in ROWS]) for m in (draft, target)]
     assert found.loss.item() == pytest.approx(tvd(*cut).item(), abs=1e-5)
+
+
+def test_a_model_in_training_mode_accepts_all_that_it_would_write_itself() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    noisy = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=32)).train()
+    assert acceptance(noisy, noisy, ROWS).tolist() == pytest.approx([1.0] * len(ROWS), abs=1e-6)
+    first, second = (top_k_targets(noisy, ROWS, 3) for _ in range(2))
+    assert all(torch.equal(a["top_logp"], b["top_logp"]) for a, b in zip(first, second, strict=True))
+    assert noisy.training
+
+
+def test_stored_targets_of_two_kinds_are_refused(tmp_path: Any) -> None:
+    target = tiny_model()
+    rows = [*top_k_targets(target, ROWS[:4], 3), *top_k_targets(target, ROWS[4:], 3, temperature=0.7)]
+    with pytest.raises(InputError, match=r"row 4: its stored target has 3 tokens at temperature 0.7; all must have 3"):
+        distill(copy.deepcopy(target), None, rows, args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]))

@@ -471,6 +471,19 @@ def test_training_on_sparse_rows_leaves_the_shared_tokens_out(tmp_path: Path) ->
         sequence_stats(run.model, [{**rows[0], "token_weights": [[1.0], [1.0] * 4]}])
 
 
+@pytest.mark.parametrize("params", ["head", "all"])
+def test_the_monitor_sees_the_loss_of_sparse_rows(params: str, tmp_path: Path) -> None:
+    rows = [{"prompt_ids": [1, 2 + i], "completion_ids": [[5, 6, 3], [5, 9, 3, 4]], "role": [1, -1]} for i in range(4)]
+    run = trainer(tmp_path, EntanglementMonitor(every=1, params=params), rows=sparse_rows(rows), max_steps=1, learning_rate=0.0)
+    run.train()
+    (record,) = lines(tmp_path)
+    assert record["measured_ds_w"] == pytest.approx(0, abs=1e-5) and record["measured_ds_l"] == pytest.approx(0, abs=1e-5)
+    stats = sequence_stats(run.model, sparse_rows(rows))
+    chosen = list(selected(run.model, params).values())
+    grads = torch.autograd.grad(stats.logp[0::2].mean(), chosen)
+    assert record["norm_w"] == pytest.approx(float(torch.cat([g.flatten() for g in grads]).norm()), rel=1e-3)
+
+
 SCRIPT = """
 import sys, torch
 sys.path.insert(0, {tests!r})

@@ -46,6 +46,7 @@ def by_quality(question: str) -> str:
     ("answer", "order"),
     [
         ("B > A > C", [1, 0, 2]), ("Order: C>B>A", [2, 1, 0]), ("I thought about it.\n\n**A, C, B**.\n", [0, 2, 1]),
+        ("**Order:** B > A > C", [1, 0, 2]), ("Order: **B > A > C**", [1, 0, 2]), ("```\nB > A > C\n```", [1, 0, 2]),
         ("A > B", None), ("A > B > C > D", None), ("A > A > B", None), ("A > B, C", None), ("b > a > c", None), ("", None),
         ("A > B > C\nbut I am not sure", None), ("A is better than B > C", None), ("A B C", None), ("D > B > A", None),
     ],
@@ -311,6 +312,14 @@ def test_settings_that_cannot_be_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("RANKER_KEY", raising=False)
     with pytest.raises(InputError, match="the environment variable RANKER_KEY is not set"):
         ChatEndpoint("http://x", "judge", key_env="RANKER_KEY")
+    for blank in (" ", "secret\nline"):
+        monkeypatch.setenv("RANKER_KEY", blank)
+        with pytest.raises(InputError, match="RANKER_KEY is blank or holds characters that a header cannot carry") as error:
+            ChatEndpoint("http://x", "judge", key_env="RANKER_KEY")
+        assert "secret" not in str(error.value)
+    with pytest.raises(InputError, match="url: holds a name or password") as error:
+        ChatEndpoint("http://me:secret@x/v1", "judge")
+    assert "secret" not in str(error.value)
 
 
 def test_a_batch_goes_to_the_server_side_by_side(server: Server) -> None:

@@ -175,7 +175,7 @@ def encode(tokenizer: Any, prompt: Any, index: int = 0) -> torch.Tensor:
     elif tokenizer is None:
         raise InputError(f"prompt {index}: is text, but there is no tokenizer; give id tensors or a tokenizer")
     elif isinstance(prompt, str):
-        ids = torch.tensor(tokenizer(prompt)["input_ids"], dtype=torch.int64)
+        ids = torch.tensor(_without_end(tokenizer, prompt), dtype=torch.int64)
     elif isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], dict):
         if not getattr(tokenizer, "chat_template", None):
             raise InputError(f"prompt {index}: is a chat, but the tokenizer has no chat template; give plain text")
@@ -187,6 +187,14 @@ def encode(tokenizer: Any, prompt: Any, index: int = 0) -> torch.Tensor:
         )
     if ids.numel() == 0:
         raise InputError(f"prompt {index}: is empty; give at least one token")
+    return ids
+
+
+def _without_end(tokenizer: Any, prompt: str) -> list[int]:
+    """Ids of a text that goes on: some tokenizers end every text."""
+    ids: list[int] = list(tokenizer(prompt)["input_ids"])
+    if ids and ids[-1] == tokenizer.eos_token_id and list(tokenizer(prompt, add_special_tokens=False)["input_ids"])[-1:] != ids[-1:]:
+        return ids[:-1]
     return ids
 
 

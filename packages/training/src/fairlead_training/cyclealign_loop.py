@@ -378,6 +378,8 @@ def cyclealign(
     config: CycleAlignLoopConfig | None = None, **sampling: Any,
 ) -> list[Iteration]:  # fmt: skip
     """Train `model` in place on prompts and a ranker; what each iteration did. sampling: the further settings of `WhiteBox`."""
+    if getattr(args, "world_size", 1) > 1:
+        raise InputError("cyclealign: runs on one process; each of several would ask the ranker for itself and get other orders")
     config = config or CycleAlignLoopConfig(**{})
     box = WhiteBox(model, tokenizer, args, config, **sampling)
     return CycleAlignLoop(box.sample, ranker, box.score, box.train, static, config).run(prompts)

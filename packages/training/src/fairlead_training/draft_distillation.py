@@ -20,6 +20,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from fairlead.errors import InputError
+from fairlead.files import atomic_write
 from fairlead.generation import DEFAULT_ROWS, encode, generate
 from fairlead.logprobs import Head, at_head, completion_logprobs, linear_head, position_logits, unwrapped
 from fairlead.models import logits_width
@@ -27,7 +28,7 @@ from fairlead.models import logits_width
 from .objectives.chunked_distillation import BINS, CHUNK, Distilled, FromHead, TopK, chunked_distillation
 from .objectives.distillation import DISTILLATION, tvd
 from .references import model_fingerprint
-from .statistics import Layout, Row, lay_out
+from .statistics import Layout, Row, evaluated, lay_out
 from .trainer import collate
 
 # -- the data -------------------------------------------------------------------------------------------------------------
@@ -78,7 +79,9 @@ def _kept(path: Path, settings: dict[str, Any], target: Any, encoded: Sequence[t
     if whole and json.loads(whole[0]) != head:
         raise InputError(f"{path}: holds answers of another target, other prompts or other settings; choose another file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(whole) or json.dumps(head) + "\n", encoding="utf-8")
+    if len(whole) != len(lines) or not whole:  # new, or its last line was torn
+        with atomic_write(path) as stream:
+            stream.write("".join(whole) or json.dumps(head) + "\n")
     return [json.loads(line) for line in whole[1:]], path
 
 
@@ -92,7 +95,8 @@ def top_k_targets(target: Any, rows: Sequence[Row], k: int, *, temperature: floa
     made: list[dict[str, Any]] = []
     for part in _batches(rows, batch_size):
         layout = lay_out(part, False, unwrapped(target).device)
-        law_NV = (position_logits(target, layout.inputs, layout.places_N).float() / temperature).log_softmax(-1)
+        with evaluated(target):
+            law_NV = (position_logits(target, layout.inputs, layout.places_N).float() / temperature).log_softmax(-1)
         logp_NK, ids_NK = law_NV.topk(k, -1)
         lengths = torch.bincount(layout.groups[layout.owner_N], minlength=len(part)).tolist()
         for row, ids, logp in zip(part, ids_NK.int().cpu().split(lengths), logp_NK.cpu().split(lengths), strict=True):
@@ -107,6 +111,15 @@ def check_rows(rows: Sequence[Row]) -> None:
     for i, row in enumerate(rows):
         if not isinstance(row, Mapping) or not row.get("prompt_ids") or not row.get("completion_ids") or not all(row["completion_ids"]):
             raise InputError(f"row {i}: needs prompt_ids and completion_ids (a list of id lists), each with a token at least")
+
+
+def _check_stored(rows: Sequence[Row], temperature: float) -> None:
+    """InputError for a row whose stored target is of another temperature or size than the first one's."""
+    k = torch.as_tensor(rows[0]["top_ids"]).shape[-1]
+    for i, row in enumerate(rows):
+        if row["top_temperature"] != temperature or torch.as_tensor(row["top_ids"]).shape[-1] != k:
+            found = f"{torch.as_tensor(row['top_ids']).shape[-1]} tokens at temperature {row['top_temperature']}"
+            raise InputError(f"row {i}: its stored target has {found}; all must have {k}, at the loss's temperature {temperature}")
 
 
 def _batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
@@ -193,6 +206,8 @@ class DistillationTrainer(Trainer):
         check_rows(train_dataset)
         if target is None and not all("top_ids" in row for row in train_dataset):
             raise InputError("target: None goes with rows of top_k_targets; give the target model")
+        if target is None:
+            _check_stored(train_dataset, temperature)
         args.remove_unused_columns = False
         if target is not None and unwrapped(target).device != args.device:
             target.to(args.device)
@@ -258,7 +273,8 @@ def acceptance(draft: Any, target: Any, rows: Sequence[Row], *, temperature: flo
     width = shared_vocabulary(draft, target, tokenizer)
     means = []
     for part in _batches(rows, batch_size):
-        found, layout = distillation_loss(draft, target, part, temperature=temperature, width=width)
+        with evaluated(draft), evaluated(target):
+            found, layout = distillation_loss(draft, target, part, temperature=temperature, width=width)
         owner_N, value_N = layout.groups[layout.owner_N], found.acceptance.double()
         total = torch.zeros(len(part), dtype=torch.float64, device=value_N.device).index_add(0, owner_N, value_N)
         means.append((total / torch.bincount(owner_N, minlength=len(part))).cpu())
@@ -283,7 +299,8 @@ def expected_tokens(
     if gamma < 1 or not contexts:
         raise InputError(f"gamma of at least 1 and a context are needed, got {gamma} and {len(contexts)}")
     shared_vocabulary(draft, target)
-    made = generate(draft, None, contexts, max_new_tokens=gamma, temperature=temperature, seed=seed, batch_size=batch_size, return_logprobs=True)
+    with evaluated(draft):
+        made = generate(draft, None, contexts, max_new_tokens=gamma, temperature=temperature, seed=seed, batch_size=batch_size, return_logprobs=True)
     found = []
     for start in range(0, len(contexts), batch_size):
         group = [m[0] for m in made[start : start + batch_size]]
@@ -294,7 +311,8 @@ def expected_tokens(
         for i, (row, g) in enumerate(zip(whole, group, strict=True)):
             ids[i, : len(row)], real[i, : len(row)], drafted[i, len(row) - len(g.ids) : len(row)] = row, 1, 1
         device = unwrapped(target).device
-        scored = completion_logprobs(target, ids.to(device), real.to(device), drafted.to(device), temperature).token_BT.double().cpu()
+        with evaluated(target):
+            scored = completion_logprobs(target, ids.to(device), real.to(device), drafted.to(device), temperature).token_BT.double().cpu()
         for i, g in enumerate(group):
             draft_logp[i, : len(g.ids)] = g.logprobs.double()  # type: ignore[union-attr]
             target_logp[i, : len(g.ids)] = scored[i][drafted[i].bool()]

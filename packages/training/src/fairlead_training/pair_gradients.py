@@ -19,7 +19,7 @@ import torch
 from fairlead.errors import InputError
 from fairlead.logprobs import Head, at_head, head_logprobs, linear_head, output_head, unwrapped
 
-from .statistics import Row, TokenStats, attention_of, lay_out, packs, token_stats
+from .statistics import Row, TokenStats, attention_of, evaluated, lay_out, packs, token_stats, token_weights
 
 Products = tuple[float, float, float]  # <g_w, g_l>, |g_w|^2, |g_l|^2
 Select = Callable[[str, torch.nn.Parameter], bool]
@@ -102,19 +102,19 @@ class Probe:
         self.packed = packs(model) if packed is None else packed
         self.squares = "wpo_weight" in getattr(objective, "needs", ())
         self.whole = lay_out(self.rows, self.packed, unwrapped(model).device)
-        length_S = torch.bincount(self.whole.owner_N, minlength=2 * len(rows))
-        self.weight_ST = objective.token_weights(length_S, self.whole.groups) if hasattr(objective, "token_weights") else None
+        none_N = torch.zeros(len(self.whole.owner_N), device=self.whole.owner_N.device)
+        self.weight_ST = token_weights(TokenStats(none_N, self.whole), self.rows, objective)
         self.chosen_P, self.rejected_P = ([2 * i + row["role"].index(role) for i, row in enumerate(rows)] for role in (1, -1))
 
     def products(self) -> PairProducts:
         """Inner products and log-probabilities, in eval mode."""
-        with _evaluated(self.model), attention_of(self.model, self.packed), torch.enable_grad():
+        with evaluated(self.model), attention_of(self.model, self.packed), torch.enable_grad():
             return self._products_of_head() if self.by_head else self._products_by_autograd()
 
     @torch.no_grad()
     def sums_S(self) -> torch.Tensor:
         """Log-probability of each sequence, [S], by the same passes as `products`: differences are the weights' alone."""
-        with _evaluated(self.model), attention_of(self.model, self.packed):
+        with evaluated(self.model), attention_of(self.model, self.packed):
             if self.by_head:
                 return token_stats(self.model, self.whole, squares=self.squares).sum_S(self.weight_ST)
             found = {place: self._sequence(place) for pair in self._own_pairs() for place in (2 * pair, 2 * pair + 1)}
@@ -235,7 +235,7 @@ def token_gradients(model: Any, prompt: Sequence[int], response: Sequence[int], 
     to hold, for looking at single pairs of small models."""
     row = {"prompt_ids": list(prompt), "completion_ids": [list(response)]}
     packed, parameters = packs(model), list(selected(model, params).values())
-    with _evaluated(model), attention_of(model, packed), torch.enable_grad():
+    with evaluated(model), attention_of(model, packed), torch.enable_grad():
         logp_N = token_stats(model, lay_out([row], packed, unwrapped(model).device)).logp_N
         each = [torch.autograd.grad(s, parameters, retain_graph=True, allow_unused=True, materialize_grads=True) for s in logp_N]
     return torch.stack([torch.cat([g.flatten().to(_wide(g)) for g in grads]) for grads in each])
@@ -247,19 +247,6 @@ def token_cosines(
     """Cosines between the gradients of chosen and rejected tokens, [T_w, T_l]; 0 where one of them is zero."""
     unit = [torch.nn.functional.normalize(token_gradients(model, prompt, answer, params), dim=1) for answer in (chosen, rejected)]
     return unit[0] @ unit[1].T
-
-
-class _evaluated:
-    """The model in eval mode, for a while."""
-
-    def __init__(self, model: Any) -> None:
-        self.model, self.training = model, model.training
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *error: object) -> None:
-        self.model.train(self.training)
 
 
 def _precise(logp_N: torch.Tensor) -> torch.Tensor:

@@ -63,8 +63,8 @@ def parse_ranking(text: str, n: int) -> list[int] | None:
 
     Separators are ">" or ","; "Order:" may stand before. None for anything else: a letter too many, too few or twice, other words.
     """
-    line = next((line for line in reversed(text.splitlines()) if line.strip()), "").strip().strip("*`.")
-    line = re.sub(r"^(order|ranking)\s*:", "", line, flags=re.IGNORECASE).strip()
+    line = next((line for line in reversed(text.splitlines()) if line.strip(" `")), "").strip().strip("*`.")
+    line = re.sub(r"^(order|ranking)\s*:", "", line, flags=re.IGNORECASE).strip(" *`_")
     if not re.fullmatch(r"[A-Z](\s*>\s*[A-Z])+|[A-Z](\s*,\s*[A-Z])+", line):
         return None
     return as_ranking([LETTERS.index(letter) for letter in re.findall("[A-Z]", line)], n)
@@ -239,11 +239,15 @@ class ChatEndpoint:
     def __post_init__(self) -> None:
         if not re.match(r"https?://[^/]", self.url):
             raise InputError(f"url: must begin with http:// or https:// and a host, got {self.url!r}")
+        if "@" in self.url.split("/")[2]:
+            raise InputError("url: holds a name or password, which errors would show; give the key by key_env")
         if self.retries < 0 or self.timeout <= 0 or self.pause < 0:
             raise InputError(f"retries and pause must be 0 or more and timeout above 0, got {self.retries}, {self.pause} and {self.timeout}")
         if self.key_env is not None and not os.environ.get(self.key_env):
             raise InputError(f"key_env: the environment variable {self.key_env} is not set")
         self._key = os.environ.get(self.key_env or "", "").strip()
+        if self.key_env is not None and not re.fullmatch(r"[!-~]+", self._key):
+            raise InputError(f"key_env: {self.key_env} is blank or holds characters that a header cannot carry")
         self._address = self.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self._opener = urllib.request.build_opener(_NoRedirect)
         self._lock = threading.Lock()
@@ -260,7 +264,7 @@ class ChatEndpoint:
                 with self._opener.open(urllib.request.Request(self._address, data, headers), timeout=self.timeout) as reply:
                     return self._read(reply.read(_LONGEST_ANSWER))
             except urllib.error.HTTPError as error:
-                cause = f"HTTP {error.code} {error.reason}{self._said(error)}"
+                cause = f"HTTP {error.code} {self._short(str(error.reason).encode())}{self._said(error)}"
                 if error.code != 429 and error.code < 500:
                     raise RankerError(f"{self._address}: {cause}") from None
                 asked = error.headers.get("Retry-After", "")

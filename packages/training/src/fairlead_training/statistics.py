@@ -83,6 +83,17 @@ def attention_of(model: Any, packed: bool) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def evaluated(model: Any) -> Iterator[None]:
+    """The model in eval mode, afterwards in the mode it had."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def lay_out(rows: Sequence[Row], packed: bool, device: Any = None, completions: str = "completion_ids") -> Layout:
     """Where each sequence of the rows lies in one forward pass, and what of it is scored.
 

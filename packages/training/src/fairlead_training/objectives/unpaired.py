@@ -34,7 +34,10 @@ def by_class(reward: torch.Tensor, up: torch.Tensor) -> dict[str, float]:
 def over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Sums over the processes of a distributed run; the values themselves in a single one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(values)
+        on_gpu = torch.distributed.get_backend() == "nccl"  # which knows no tensor of the CPU
+        shared = values.cuda() if on_gpu else values
+        torch.distributed.all_reduce(shared)
+        return shared.to(values.device)
     return values
 
 
