@@ -150,6 +150,12 @@ def trl_step(vocabulary: int) -> Callable[[], list[float]]:
     return _pass(DPOTrainer(model=copy.deepcopy(model), args=args, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer))
 
 
+def check_kept() -> None:
+    found, right = our_step(1_200, True)(), our_step(1_200, True, precompute_ref_log_probs=False)()
+    if max(abs(a - b) for a, b in zip(found, right, strict=True)) > 1e-5:
+        raise AssertionError(f"losses with a kept and an asked reference differ: {found} and {right}")
+
+
 def check_step(vocabulary: int) -> None:
     found, right = our_step(vocabulary)(), trl_step(vocabulary)()
     if max(abs(a - b) for a, b in zip(found, right, strict=True)) > 1e-4:
@@ -248,4 +254,5 @@ def rows() -> Iterator[Row]:
         peers={"asked": functools.partial(our_step, 32_000, True, precompute_ref_log_probs=False)},
         baseline="asked",
         at_least=1.4,
+        check=check_kept,
     )

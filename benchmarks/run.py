@@ -78,8 +78,8 @@ def _behind(r: dict[str, Any]) -> list[str]:
         found.append(f"{r['name']}: {r['ratio']:.2f}x, {r['at_least']:.3g}x is asked")
     if r["most_mib"] is not None and r["peak_mib"] is not None and r["peak_mib"] > r["most_mib"]:
         found.append(f"{r['name']}: peak {r['peak_mib']:.0f} MiB, {r['most_mib']:.0f} are allowed")
-    peer = r["peer_peak_mib"]
-    if r["less_memory"] and peer is not None and r["peak_mib"] is not None and peer < r["less_memory"] * r["peak_mib"]:
+    peer = r["peer_peak_mib"] if r["less_memory"] else None
+    if peer is not None and r["peak_mib"] is not None and peer < r["less_memory"] * r["peak_mib"]:
         times = peer / max(r["peak_mib"], 1e-9)
         found.append(f"{r['name']}: {times:.1f}x less memory, {r['less_memory']:.3g}x is asked")
     return found

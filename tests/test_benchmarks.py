@@ -79,10 +79,13 @@ def test_the_peak_of_a_call_is_seen_where_torch_allocates(harness: ModuleType) -
 def test_what_falls_behind_is_said_for_speed_and_memory(harness: ModuleType) -> None:
     run = load(BENCHMARKS / "run.py", "fairlead_benchmarks_run")
     good = {"name": "x", "ratio": 3.0, "best_ratio": 3.1, "at_least": 2.0, "most_mib": 50, "peak_mib": 40}
+    good |= {"less_memory": 4.0, "peer_peak_mib": 161}
     assert run._behind(good) == []
     assert len(run._behind({**good, "ratio": 1.5, "best_ratio": 1.6})) == 1
     assert run._behind({**good, "ratio": 1.9, "best_ratio": 2.1}) == []
-    assert len(run._behind({**good, "peak_mib": 51})) == 1
+    assert len(run._behind({**good, "peak_mib": 51, "peer_peak_mib": 300})) == 1
+    assert run._behind({**good, "peer_peak_mib": 120}) == ["x: 3.0x less memory, 4x is asked"]
+    assert run._behind({**good, "peer_peak_mib": 40, "less_memory": 0.0}) == []
     assert run._behind({**good, "peak_mib": None}) == []
 
 
