@@ -123,6 +123,13 @@ def test_long_rows_lose_the_beginning_of_their_prompt_or_the_end_of_their_comple
         tokenize([row], tokenizer, max_length=3, overlong="truncate_prompt")
 
 
+def test_settings_that_are_none_are_named_and_an_indent_makes_another_text(tokenizer: Any) -> None:
+    row = {"prompt": "w1", "chosen": " w2\n  w3", "rejected": " w2\nw3"}
+    assert len(tokenize([row], tokenizer)[0]) == 1
+    with pytest.raises(InputError, match="overlong: must be one of drop, truncate, truncate_prompt, raise, got 'keep_start'"):
+        tokenize([row], tokenizer, overlong="keep_start")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -84,13 +84,12 @@ def test_steps_on_the_same_completions_clip_the_ratio(tmp_path: Path) -> None:
 
 
 def test_each_chunk_of_prompts_comes_as_often_as_it_is_used() -> None:
-    order = list(_Repeated(7, 2, 3, seed=0))
+    order = list(_Repeated(7, 2, 3, 0, lambda: 0))
     chunks = [order[i : i + 2] for i in range(0, len(order), 2)]
-    assert len(order) == len(_Repeated(7, 2, 3, seed=0)) == 18
+    assert len(order) == len(_Repeated(7, 2, 3, 0, lambda: 0)) == 18
     assert chunks[0] == chunks[1] == chunks[2] != chunks[3]
-    later = _Repeated(7, 2, 3, seed=0)
-    later.set_epoch(1)
-    assert list(later) != order
+    assert list(_Repeated(7, 2, 3, 0, lambda: 8)) == order  # nine steps are an epoch
+    assert list(_Repeated(7, 2, 3, 0, lambda: 9)) != order
 
 
 @pytest.mark.parametrize(("objective", "more"), [("rloo", {"beta": 0.1}), ("grpo", {"num_iterations": 2, "gradient_accumulation_steps": 2})])
@@ -104,6 +103,28 @@ def test_a_resumed_run_draws_and_ends_the_same(objective: str, more: dict[str, A
     second.train(resume_from_checkpoint=True)
     assert torch.equal(weights(whole), weights(second))
     assert losses(second)[3:] == losses(whole)[3:]
+
+
+def test_kept_completions_are_not_taken_up_by_other_settings(tmp_path: Path) -> None:
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 2}
+    for before, after in (({"num_iterations": 1}, {"num_iterations": 2}), ({"num_iterations": 2}, {"num_iterations": 2, "num_generations": 3})):
+        folder = tmp_path / str(len(after))
+        trainer(folder, "grpo", settings={**settings, **before}).train()
+        other = trainer(folder, "grpo", settings={**settings, "max_steps": 6, **after})
+        with pytest.raises(InputError, match=r"was made with num_\w+=\d, now it is \d; resume with the same"):
+            other.train(resume_from_checkpoint=True)
+
+
+def test_a_column_that_some_rows_lack_reaches_the_reward_for_all(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def reward(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+        seen.append(columns["answer"])
+        return [0.0] * len(completions)
+
+    rows = [{"prompt_ids": [3 + i], **({"answer": i} if i % 2 else {})} for i in range(4)]
+    trainer(tmp_path, rows=rows, reward=reward, settings={"max_steps": 1, "num_generations": 2}).train()
+    assert sorted(a for a in seen[0] if a is not None) == [1, 1, 3, 3] and seen[0].count(None) == 4
 
 
 def test_a_large_beta_holds_the_policy_to_its_reference(tmp_path: Path) -> None:
@@ -200,6 +221,8 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         ({"settings": {"temperature": 0.0}}, "temperature: must be above 0"),
         ({"settings": {"beta": -1.0}}, "beta: must be at least 0, got -1"),
         ({"rows": [{"text": "a"}]}, "train_dataset: row 0 has no prompt; its columns are text"),
+        ({"rows": [{"prompt_ids": [3], "prompts": 1}]}, "train_dataset: row 0: a column prompts would be taken for the reward's own argument"),
+        ({"reward": [share, share]}, "reward: give one"),
         ({"rows": []}, "train_dataset: holds no prompt"),
         ({"settings": {"max_completion_length": 10**6}}, "exceed the model's"),
     ],

@@ -215,6 +215,19 @@ def test_evaluation_logs_the_same_names_and_changes_nothing(tmp_path: Path) -> N
     assert torch.equal(weights(run), weights(without))
 
 
+def test_a_kept_reference_has_the_precision_of_the_training(tmp_path: Path) -> None:
+    run = trainer(tmp_path, settings={"bf16": True, "max_steps": 1})
+    run.train()
+    first = run.state.log_history[0]
+    assert first["rewards/chosen"] == pytest.approx(0, abs=1e-6) and first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_batch_that_is_not_full_counts_by_its_rows(tmp_path: Path) -> None:
+    rows = [dict(row) for row in PAIRS[:5]]
+    alone, uneven = (trainer(tmp_path, "simpo", eval_dataset=rows, settings={"per_device_eval_batch_size": size}).evaluate() for size in (1, 4))
+    assert uneven["eval_logps/chosen"] == pytest.approx(alone["eval_logps/chosen"], rel=1e-5)
+
+
 def test_another_data_set_can_be_evaluated_and_the_best_model_chosen_by_its_margin(tmp_path: Path) -> None:
     settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best", "metric_for_best_model": "eval_rewards/margins"}
     run = trainer(tmp_path, eval_dataset=[dict(row) for row in PAIRS[:3]], settings=settings)

@@ -98,6 +98,11 @@ def test_our_trainer_takes_the_steps_of_trls(parts: Any, tmp_path: Path) -> None
         assert found[0] == pytest.approx(found[1], rel=1e-3, abs=1e-4), name
 
 
+def test_settings_of_trls_own_losses_are_refused(parts: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="ld_alpha: is of TRL's own losses; use PreferenceTrainer with the objective ld-dpo"):
+        in_trl(dpo_trainer("dpo"), parts, tmp_path, ld_alpha=0.5)
+
+
 @pytest.mark.parametrize(("name", "needed"), [("wpo", "wpo_weight"), ("ld-dpo", "weighted_length"), ("kto", "mismatched_ratio")])
 def test_objectives_that_need_more_than_pairs_are_refused(name: str, needed: str) -> None:
     with pytest.raises(InputError, match=f"needs {needed}, which TRL's DPOTrainer does not give; use PreferenceTrainer"):

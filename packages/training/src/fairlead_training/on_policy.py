@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from .tokens import Report
 from .trainer import PreferenceConfig, PreferenceTrainer, collate
 
 ROLLOUTS_FILE = "rollouts.json"
+RESERVED = ("finished", "prompts", "completions", "responses")
 GIVEN = ("reward", "group", "token_logp", "ref_token_logp")
 
 
@@ -47,8 +48,8 @@ class OnPolicyConfig(PreferenceConfig):
 class OnPolicyTrainer(PreferenceTrainer):
     """Trains a causal LM on a reward with `reinforce`, `rloo`, `grpo` or `gspo`.
 
-    reward: a Reward, a registered name, {"name": ..., settings} or a function (prompts, completions, **columns) -> numbers, as TRL's
-    `reward_funcs`; it gets the other columns of the data set. train_dataset: rows with `prompt` (text or chat messages) or `prompt_ids`.
+    reward: a Reward, a registered name, {"name": ..., settings} or a function (prompts, completions, **columns) -> numbers. It gets the
+    last message of a prompt and the completion, both as text (as ids without a tokenizer), and the other columns of the data set. train_dataset: rows with `prompt` (text or chat messages) or `prompt_ids`.
     ref_model: for `beta` and for GRPO's `beta_kl`; by default the model without its adapters, or a copy of it as it is now.
     The rest is PreferenceTrainer's. Logs also reward_std, kl and reward_before_kl where `beta` is above 0, completions/mean_length and completions/clipped_ratio (the share cut at
     max_completion_length).
@@ -61,6 +62,8 @@ class OnPolicyTrainer(PreferenceTrainer):
     ) -> None:
         if reward is None:
             raise InputError("reward: on-policy training needs one: a registered name, a Reward or a function (prompts, completions)")
+        if isinstance(reward, (list, tuple)):
+            raise InputError('reward: give one; {"name": "weighted", "rewards": [...], "weights": [...]} sums several')
         self.reward = as_reward(reward)
         args = OnPolicyConfig(output_dir="trainer_output") if args is None else args
         defaults = OnPolicyConfig.__dataclass_fields__
@@ -74,6 +77,8 @@ class OnPolicyTrainer(PreferenceTrainer):
         self._place, self._evaluated = (-1, 0), 0
         super().__init__(model, objective, args, train_dataset, **options)
         self.temperature = self.draw["temperature"]
+        if self.reference is not None and self.reference.model is not None:
+            self.reference.model.to(self.args.device)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise InputError("on-policy training draws from whole weights; use one process per whole model (DDP), not FSDP or DeepSpeed")
 
@@ -107,11 +112,17 @@ class OnPolicyTrainer(PreferenceTrainer):
                 raise InputError(f"{name}_dataset: row {i} has no prompt; its columns are {', '.join(row) or 'none'}")
             given = torch.tensor(row["prompt_ids"]) if "prompt_ids" in row else row["prompt"]
             columns = {k: v for k, v in row.items() if k not in ("prompt_ids", "prompt")}
+            taken = next((k for k in columns if k in RESERVED), None)
+            if taken is not None:
+                raise InputError(f"{name}_dataset: row {i}: a column {taken} would be taken for the reward's own argument; rename it")
             ids = encode(tokenizer, given, i)
             check_lengths(unwrapped(self.model), [ids], self.draw["max_completion_length"], i)
             rows.append({"prompt_ids": ids.tolist(), "prompt": row.get("prompt"), "columns": columns})
         if not rows:
             raise InputError(f"{name}_dataset: holds no prompt")
+        names = dict.fromkeys(column for row in rows for column in row["columns"])
+        for row in rows:
+            row["columns"] = {column: row["columns"].get(column) for column in names}
         self.reports[name] = Report(rows=len(rows))
         return rows
 
@@ -123,7 +134,8 @@ class OnPolicyTrainer(PreferenceTrainer):
         if repeats == 1:
             return super()._get_train_sampler(train_dataset)
         together = self.args.train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps
-        return _Repeated(len(train_dataset if train_dataset is not None else self.train_dataset), together, repeats, self.args.seed)
+        count = len(train_dataset if train_dataset is not None else self.train_dataset)
+        return _Repeated(count, together, repeats, self.args.seed, lambda: int(self.state.global_step))
 
     # -- one step ---------------------------------------------------------------------------------------------------------
 
@@ -156,16 +168,12 @@ class OnPolicyTrainer(PreferenceTrainer):
 
         seed, first: the noise of row i of this process is that of (seed, first + its place in the batch of all processes).
         """
-        model, n = unwrapped(self.model), self.draw["num_generations"]
+        model = unwrapped(self.model)
         first += self.accelerator.process_index * (self.args.train_batch_size if mode == "train" else self.args.eval_batch_size)
         training = model.training
         model.eval()
         try:
-            made = generate(
-                model, self.processing_class, [torch.tensor(row["prompt_ids"]) for row in rows], n=n, seed=seed, first_index=first,
-                max_new_tokens=self.draw["max_completion_length"], temperature=self.temperature, top_p=self.draw["top_p"],
-                top_k=self.draw["top_k"],
-            )  # fmt: skip
+            made = self._generated(rows, seed, first)
             drawn = [{"prompt_ids": row["prompt_ids"], "completion_ids": [a.ids.tolist() for a in answers]} for row, answers in zip(rows, made, strict=True)]
             rewards, shown = self._judged(rows, [a for answers in made for a in answers])
             _spread(drawn, "reward", rewards.tolist())
@@ -175,8 +183,16 @@ class OnPolicyTrainer(PreferenceTrainer):
         names = sorted(shown)
         means = self.accelerator.reduce(torch.tensor([float(shown[name]) for name in names], device=self.args.device), "mean")
         for name, value in zip(names, means.tolist(), strict=True):
-            self._sums[mode].setdefault(name, []).append(value)
+            self._sums[mode].setdefault(name, []).append((value, len(rows)))
         return drawn
+
+    def _generated(self, rows: Sequence[Row], seed: int, first: int) -> list[list[Generation]]:
+        with self.accelerator.autocast():
+            return generate(
+                unwrapped(self.model), self.processing_class, [torch.tensor(row["prompt_ids"]) for row in rows], seed=seed, first_index=first,
+                n=self.draw["num_generations"], max_new_tokens=self.draw["max_completion_length"], temperature=self.temperature,
+                top_p=self.draw["top_p"], top_k=self.draw["top_k"],
+            )  # fmt: skip
 
     def _judged(self, rows: Sequence[Row], answers: Sequence[Generation]) -> tuple[torch.Tensor, dict[str, Any]]:
         """Rewards of the completions, in order, and what is logged of them."""
@@ -217,7 +233,7 @@ class OnPolicyTrainer(PreferenceTrainer):
 
     def _by_token(self, model: Any, rows: Sequence[Row]) -> tuple[list[list[float]], list[float]]:
         """Log-probabilities of the tokens of every completion, and their sums."""
-        with attention_of(model, self.packed):
+        with attention_of(model, self.packed), self.accelerator.autocast():
             found = token_stats(model, lay_out(rows, self.packed, unwrapped(model).device), self.temperature)
         table, sums = found.table_ST().tolist(), found.sum_S().tolist()
         return [values[:count] for values, count in zip(table, found.length_S().tolist(), strict=True)], sums
@@ -244,33 +260,45 @@ class OnPolicyTrainer(PreferenceTrainer):
             kept = gather_object(kept)
         if self.args.should_save:
             with atomic_write(folder / ROLLOUTS_FILE) as stream:
-                json.dump(kept, stream)
+                json.dump({"drawn_for": self._drawn_for(), "rollouts": kept}, stream)
+
+    def _drawn_for(self) -> dict[str, int]:
+        """What must be the same when kept completions are taken up again."""
+        return {
+            "num_iterations": self.draw["num_iterations"], "num_generations": self.draw["num_generations"], "processes": self.accelerator.num_processes,
+            "per_device_train_batch_size": self.args.train_batch_size, "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+        }  # fmt: skip
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = Path(resume_from_checkpoint) / ROLLOUTS_FILE
-        if path.exists():
-            kept: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))[self.accelerator.process_index]
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"drawn_for": {"num_iterations": 1}, "rollouts": None}
+        if self._past or found["rollouts"]:
+            for name, now in self._drawn_for().items():
+                then = found["drawn_for"].get(name, now)
+                if then != now:
+                    raise InputError(f"{resume_from_checkpoint}: was made with {name}={then}, now it is {now}; resume with the same")
+            kept: Mapping[str, Any] = found["rollouts"][self.accelerator.process_index]
             self._kept = {int(micro): rows for micro, rows in kept.items()}
 
 
 class _Repeated(torch.utils.data.Sampler[int]):
-    """Indices in a seeded order, each chunk of one optimiser step `repeats` times; what does not fill a chunk is left out."""
+    """Indices in a seeded order, each chunk of one optimiser step `repeats` times; what does not fill a chunk is left out.
 
-    def __init__(self, count: int, together: int, repeats: int, seed: int) -> None:
+    step: the optimiser steps that are done, which tell the epoch. `set_epoch` does not reach a sampler whose first batches are skipped.
+    """
+
+    def __init__(self, count: int, together: int, repeats: int, seed: int, step: Callable[[], int]) -> None:
         if count < together:
             raise InputError(f"train_dataset: {count} prompts, one step takes {together}; give more, or a smaller batch")
-        self.count, self.together, self.repeats, self.seed, self.epoch = count, together, repeats, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """The order of another epoch; called by accelerate."""
-        self.epoch = epoch
+        self.count, self.together, self.repeats, self.seed, self.step = count, together, repeats, seed, step
 
     def __len__(self) -> int:
         return self.count // self.together * self.together * self.repeats
 
     def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
+        epoch = self.step() // (len(self) // self.together)
+        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
         for start in range(0, self.count // self.together * self.together, self.together):
             for _ in range(self.repeats):
                 yield from order[start : start + self.together]

@@ -108,7 +108,8 @@ def cached_sums(
     with reference.active() as model:
         weights = model_fingerprint(model, adapters=reference.model is not None)
     kind = f"{type(objective).__name__}{objective.config!r}" if hasattr(objective, "token_weights") else ""
-    key = hashlib.sha256(f"{weights} {fingerprint(rows)} {completions} {temperature} {kind}".encode()).hexdigest()[:24]
+    precision = getattr(accelerator, "mixed_precision", "no")
+    key = hashlib.sha256(f"{weights} {fingerprint(rows)} {completions} {temperature} {kind} {precision}".encode()).hexdigest()[:24]
     path = Path(folder or cache_dir("reference")) / f"ref-{key}.safetensors"
     count = sum(len(row[completions]) for row in rows)
     try:
@@ -117,14 +118,15 @@ def cached_sums(
             return kept
     except (OSError, KeyError, SafetensorError):  # absent, torn or foreign
         pass
-    if accelerator is None or accelerator.num_processes == 1:
-        values = reference.sums(rows, objective, completions, temperature)
-    else:
-        from accelerate.utils import gather_object
+    with nullcontext() if accelerator is None else accelerator.autocast():
+        if accelerator is None or accelerator.num_processes == 1:
+            values = reference.sums(rows, objective, completions, temperature)
+        else:
+            from accelerate.utils import gather_object
 
-        size = -(-len(rows) // accelerator.num_processes)
-        start = accelerator.process_index * size
-        values = gather_object(reference.sums(rows[start : start + size], objective, completions, temperature))
+            size = -(-len(rows) // accelerator.num_processes)
+            start = accelerator.process_index * size
+            values = gather_object(reference.sums(rows[start : start + size], objective, completions, temperature))
     if accelerator is None or accelerator.is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path, "wb") as stream:

@@ -12,7 +12,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fairlead.errors import InputError
 
@@ -51,6 +51,9 @@ def tokenize(
     InputError names the first wrong row and its column, and says how many more there are: missing columns, empty completions, labels
     that are none, ranks or rewards of another length, NaN.
     """
+    for name, value, allowed in (("overlong", overlong, get_args(Overlong)), ("identical", identical, ("drop", "raise"))):
+        if value not in allowed:
+            raise InputError(f"{name}: must be one of {', '.join(allowed)}, got {value!r}")
     made: list[dict[str, Any]] = []
     wrong: list[tuple[str, InputError]] = []
     report = Report()
@@ -89,7 +92,7 @@ def _given(row: Row, where: str) -> dict[str, Any]:
 def _encoded(row: Row, tokenizer: Any, identical: str, report: Report, where: str) -> dict[str, Any] | None:
     """A row of text as ids; None when it is left out."""
     prompt, completions, numbers = group(row, where)
-    folded = [" ".join(_plain(c).split()) for c in completions]
+    folded = [_plain(c).strip() for c in completions]
     if any(not text for text in folded):
         raise InputError(f"{where}: completion {folded.index('')} is empty; give at least one word")
     if "role" in numbers and folded[0] in folded[1:]:

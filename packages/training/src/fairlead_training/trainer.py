@@ -49,7 +49,7 @@ class PreferenceConfig(TrainingArguments):
     """TrainingArguments and what preference data need. Plain TrainingArguments are taken too, with these defaults."""
 
     max_length: int | None = field(default=1024, metadata={"help": "most tokens of a prompt with one completion"})
-    overlong: Literal["drop", "truncate", "raise"] = field(default="drop", metadata={"help": "what to do with longer rows"})
+    overlong: Literal["drop", "truncate", "truncate_prompt", "raise"] = field(default="drop", metadata={"help": "what to do with longer rows"})
     identical: Literal["drop", "raise"] = field(default="drop", metadata={"help": "what to do with rows whose chosen is their rejected"})
     precompute_ref_log_probs: bool = field(default=True, metadata={"help": "compute the reference's log-probabilities once, and keep them"})
     ref_cache_dir: str | None = field(default=None, metadata={"help": "where they are kept; default: the user's cache directory"})
@@ -115,7 +115,7 @@ class PreferenceTrainer(Trainer):
         self.model = model  # Trainer sets it too, after the data are read
         self.reference = self._make_reference(model, ref_model) if self._needs_reference() else None
         self.reports: dict[str, Report] = {}
-        self._sums: dict[str, dict[str, list[float]]] = {"train": {}, "eval": {}}
+        self._sums: dict[str, dict[str, list[tuple[float, int]]]] = {"train": {}, "eval": {}}
         train, held_out = (self._tokenised(d, processing_class, name) for d, name in ((train_dataset, "train"), (eval_dataset, "eval")))
         super().__init__(
             model=model, args=args, data_collator=collate, train_dataset=train, eval_dataset=held_out, processing_class=processing_class,
@@ -228,7 +228,7 @@ class PreferenceTrainer(Trainer):
         loss = carried + (out.loss.to(carried.device) - carried).detach()
         kept = self._sums["train" if model.training else "eval"]
         for name, value in out.metrics.items():
-            kept.setdefault(name, []).append(float(value))
+            kept.setdefault(name, []).append((float(value), len(rows)))
         return (loss, out) if return_outputs else loss
 
     def statistics(self, model: Any, rows: Sequence[Row]) -> SequenceStats:
@@ -297,7 +297,8 @@ class PreferenceTrainer(Trainer):
         super().log({**logs, **self._means("train")} if "loss" in logs else logs, start_time)
 
     def _means(self, mode: str) -> dict[str, float]:
-        means = {name: sum(values) / len(values) for name, values in self._sums[mode].items()}
+        """Means over rows of the metrics since they were last taken."""
+        means = {name: sum(v * n for v, n in values) / sum(n for _, n in values) for name, values in self._sums[mode].items()}
         self._sums[mode].clear()
         return means
 
@@ -322,11 +323,10 @@ class PreferenceTrainer(Trainer):
             self._staging = str(staging)
             super()._save_checkpoint(model, trial)
             self._save_state(aside)
-            if self.args.should_save:
-                best = self.state.best_model_checkpoint
-                if best is None or best.startswith(str(staging)):
-                    best_step = self.state.best_global_step
-                    self.state.best_model_checkpoint = str(final.parent / f"checkpoint-{best_step}") if best_step else None
+            best, best_step = self.state.best_model_checkpoint, self.state.best_global_step
+            if best is None or best.startswith(str(staging)):
+                self.state.best_model_checkpoint = str(final.parent / f"checkpoint-{best_step}") if best_step else None
+                if self.args.should_save:
                     self.state.save_to_json(str(aside / "trainer_state.json"))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:

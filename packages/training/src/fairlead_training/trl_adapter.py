@@ -41,6 +41,12 @@ def dpo_trainer(objective: str | Objective, **settings: Any) -> Any:
 
         objective = built
 
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            for name, instead in (("ld_alpha", "ld-dpo"), ("use_weighting", "wpo")):
+                if getattr(self.args, name, None):
+                    raise InputError(f"{name}: is of TRL's own losses; use PreferenceTrainer with the objective {instead}")
+
         def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
             found = completion_logprobs(model, inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"])
             pairs = len(inputs["input_ids"]) // 2
