@@ -210,6 +210,32 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert torch.allclose(found[0]["weights"], found[1]["weights"], atol=2e-5)
 
 
+RESUMED = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+import test_on_policy as t
+from pathlib import Path
+settings = dict(per_device_train_batch_size=2, max_steps=8, num_iterations=2, save_strategy="steps", save_steps=6, eval_strategy="steps",
+                eval_steps=6, load_best_model_at_end=True, metric_for_best_model="eval_reward", ddp_backend="gloo")
+whole = t.trainer(Path({folder!r}), "grpo", settings=settings, eval_dataset=t.PROMPTS[:4])
+whole.train()
+assert whole.state.best_model_checkpoint.endswith("out/checkpoint-6"), whole.state.best_model_checkpoint
+again = t.trainer(Path({folder!r}), "grpo", settings=dict(settings, load_best_model_at_end=False, eval_strategy="no"))
+again.train(resume_from_checkpoint=str(Path({folder!r}) / "out" / "checkpoint-6"))
+assert t.losses(again)[-2:] == t.losses(whole)[-2:], (t.losses(again), t.losses(whole))
+whole.accelerator.wait_for_everyone()
+whole.accelerator.end_training()
+"""
+
+
+def test_two_processes_resume_in_a_later_epoch_with_its_prompts_and_share_the_best_model(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(RESUMED.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-8000:]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
