@@ -193,7 +193,8 @@ def encode(tokenizer: Any, prompt: Any, index: int = 0) -> torch.Tensor:
 def _without_end(tokenizer: Any, prompt: str) -> list[int]:
     """Ids of a text that goes on: some tokenizers end every text."""
     ids: list[int] = list(tokenizer(prompt)["input_ids"])
-    if ids and ids[-1] == tokenizer.eos_token_id and list(tokenizer(prompt, add_special_tokens=False)["input_ids"])[-1:] != ids[-1:]:
+    end = getattr(tokenizer, "eos_token_id", None)
+    if ids and ids[-1] == end and list(tokenizer(prompt, add_special_tokens=False)["input_ids"])[-1:] != ids[-1:]:
         return ids[:-1]
     return ids
 
