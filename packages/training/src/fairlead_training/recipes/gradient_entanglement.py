@@ -245,8 +245,8 @@ def report(run: Run, rows: list[dict[str, Any]]) -> None:
     run.check("long rejected, normalised: chosen above +.5, rejected below -1", bool((up > 0.5).all() and (lost < -1).all()), f"{_list(up)}; {_list(lost)}")
     w, l = column("equal", "dpo_w"), column("equal", "dpo_l")  # noqa: E741
     run.check("equal lengths, DPO: chosen rises, rejected falls", bool((w > 0).all() and (l < 0).all()), f"{_list(w)}; {_list(l)}")
-    run.headline("chosen log-probability, DPO", f"{down.mean():+.2f}", f"{down.min():+.2f} to {down.max():+.2f}; long rejected answers")
-    run.headline("chosen log-probability, normalised", f"{up.mean():+.2f}", f"{up.min():+.2f} to {up.max():+.2f}")
+    run.headline("chosen log-probability, DPO", f"{down.mean():+.2f}", f"{_list(down)}; long rejected answers")
+    run.headline("chosen log-probability, normalised", f"{up.mean():+.2f}", f"{_list(up)}; the same pairs")
 
 
 def figure(run: Run, rows: list[dict[str, Any]]) -> None:
