@@ -295,6 +295,7 @@ def test_cropping_takes_tokens_back(model: Any) -> None:
         ([3.5], {"tokenizer": object()}, "must be a string"),
         (prompts(3), {"max_new_tokens": 10**6}, "positions"),
         (prompts(3), {"temperature": -1.0}, "temperature"),
+        (prompts(3), {"temperature": 2e-236}, "temperature: must be 0 .the best token. or at least 1e-30, got 2.*e-236"),
     ],
 )
 def test_bad_requests_are_one_clear_line(model: Any, asked: list[Any], options: dict[str, Any], message: str) -> None:

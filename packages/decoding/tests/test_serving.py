@@ -366,6 +366,7 @@ BAD = [
     ({"": 1}, 400, "''", "unknown field ''"),
     ({"max_tokens": "9"}, 400, "max_tokens", "integer"),
     ({"temperature": 3}, 400, "temperature", "less than or equal to 2"),
+    ({"temperature": 2e-236}, 400, "temperature", "at least 1e-30"),
     ({"top_p": 0}, 400, "top_p", "greater than 0"),
     ({"min_p": -1}, 400, "min_p", "greater than or equal to 0"),
     ({"n": 1000}, 400, "n", "1000 answers are asked for, a request may have 32"),

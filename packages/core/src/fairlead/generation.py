@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .kinds.watermark import TokenSampler, Watermark
 
 DEFAULT_ROWS = 64
+COLDEST = 1e-30  # the least temperature above 0 at which a token can be drawn: logits are divided by it
 __all__ = ["DEFAULT_ROWS", "PADDING", "Cost", "DecodeResult", "Generation", "PlainSampler", "RolloutEngine", "generate"]
 
 
@@ -102,6 +103,8 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None, m
         if not low <= value <= high or value == float("inf") or (name == "top_p" and value == 0):
             allowed = "above 0 and at most 1" if name == "top_p" else f"at least {low:g}" + ("" if high > 1 else " and at most 1")
             raise InputError(f"{name}: must be {allowed}, got {value}")
+    if 0 < temperature < COLDEST:
+        raise InputError(f"temperature: must be 0 (the best token) or at least {COLDEST:g}, got {temperature}")
 
 
 def generate(
