@@ -12,7 +12,7 @@ from fairlead import registry
 from fairlead.cli import parse_settings
 from fairlead.errors import FairleadError
 
-SECRET = 0x5EC2E7C0FFEE1234
+SECRET = int("5EC2E7C0FFEE1234", 16)  # not written as a number: hypothesis tries those that it finds in a file
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
