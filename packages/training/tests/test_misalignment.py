@@ -2,17 +2,22 @@
 
 import copy
 import csv
+import gc
 import itertools
+import json
 import math
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairlead import registry
-from fairlead.errors import ConfigError, InputError, MissingDependencyError, UnknownNameError
+from fairlead.cli import cli
+from fairlead.errors import ConfigError, InputError, MissingDependencyError, RunExistsError, UnknownNameError
 from fairlead.kinds import SequenceStats
 from fairlead_training import adapters
 from fairlead_training.judging import CachedJudge, judge_answers, keyword_judge, majority, parse_verdict, unsafety
@@ -142,7 +147,7 @@ def test_the_matrix_asks_for_every_cell_once_and_a_cell_alone_is_the_same(model)
 
     def evaluate(made):
         seen.append(1)
-        return {"unsafety": float(made(IDS).logits.sum()), "unsafety_ci": [0, 1], "utility_a": 0.5}
+        return {"unsafety": float(made(IDS).logits.detach().sum()), "unsafety_ci": [0, 1], "utility_a": 0.5}
 
     budget = Budget(steps=1, lrs={"*": [1e-3]})
     methods = ["lora", "qlora", "adalora", "ia3", "dpo", "orpo"]
@@ -175,12 +180,8 @@ def test_the_safety_prompts_are_prompts_without_answers():
     assert len({r["category"] for r in rows}) == 10
 
 
-def test_the_command_writes_a_table_and_no_answers(tmp_path):
-    import json
-
-    from click.testing import CliRunner
-
-    from fairlead.cli import cli
+@pytest.fixture
+def command(tmp_path):
     from fairlead.testing import save_tiny_model
 
     save_tiny_model(tmp_path / "model")
@@ -189,12 +190,63 @@ def test_the_command_writes_a_table_and_no_answers(tmp_path):
         ("test", {"prompt": "a", "category": "x"}),
     ):  # fmt: skip
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
-    files = ["--misalign-data", "bad", "--realign-data", "good", "--test-prompts", "test", "--out", "table"]
-    files = [f if f.startswith("--") else str(tmp_path / f"{f}.jsonl") for f in files]
-    command = ["--model", str(tmp_path / "model"), *files, "--method", "LoRA", "--steps", "1", "--max-new-tokens", "2"]
-    found = CliRunner().invoke(cli, ["misalign", *command])
+    files = [
+        item for option, name in (("--misalign-data", "bad"), ("--realign-data", "good"), ("--test-prompts", "test"))
+        for item in (option, str(tmp_path / f"{name}.jsonl"))
+    ]  # fmt: skip
+    return [
+        "misalign", "--model", str(tmp_path / "model"), *files, "--out", str(tmp_path / "out"), "--method", "LoRA", "--method", "dpo",
+        "--steps", "1", "--max-new-tokens", "2",
+    ]  # fmt: skip
+
+
+def test_the_command_leaves_a_report_and_no_answers(tmp_path, command):
+    found = CliRunner().invoke(cli, command)
     assert found.exit_code == 0, found.output + repr(found.exception)
-    table = [json.loads(line) for line in (tmp_path / "table.jsonl").read_text().splitlines()]
-    assert [r["model"] for r in table] == ["M0", "M1", "M2"] and not any("answer" in r for r in table)
-    assert len(list(tmp_path.glob("*.jsonl"))) == 4
-    assert isinstance(CliRunner().invoke(cli, ["misalign", *command]).exception, InputError)
+    table = [json.loads(line) for line in (tmp_path / "out" / "matrix.jsonl").read_text().splitlines()]
+    assert [r["model"] for r in table] == ["M0", "M1", "M1", "M2", "M2", "M2", "M2"]
+    assert not any("answers" in path.read_text() for path in (tmp_path / "out").rglob("*.json*") if path.name != "run.json")
+    assert "misaligned by" in (tmp_path / "out" / "report.html").read_text() and not (tmp_path / "out" / "samples.parquet").exists()
+    assert isinstance(CliRunner().invoke(cli, command).exception, RunExistsError)
+
+
+def test_a_matrix_that_was_stopped_goes_on_and_ends_the_same(tmp_path, command, monkeypatch):
+    from fairlead_training import misalignment
+
+    asked: list[str] = []
+    real = misalignment.train_stage
+
+    def counted(model, method, rows, **options):
+        asked.append(method.name)
+        if len(asked) == stop:
+            raise KeyboardInterrupt
+        return real(model, method, rows, **options)
+
+    monkeypatch.setattr(misalignment, "train_stage", counted)
+    stop = 6
+    assert CliRunner().invoke(cli, [*command, "--answers"], standalone_mode=False).return_value == 130 and len(asked) == 6
+    stop = 0
+    asked.clear()
+    assert CliRunner().invoke(cli, [*command, "--answers", "--resume"]).exit_code == 0
+    assert asked == ["dpo", "dpo"]  # the two that were missing: M1 of dpo was kept as figures, so it is trained once more for its M2
+    again = [json.loads(line) for line in (tmp_path / "out" / "matrix.jsonl").read_text().splitlines()]
+    assert CliRunner().invoke(cli, [*command, "--answers", "--force"]).exit_code == 0
+    whole = [json.loads(line) for line in (tmp_path / "out" / "matrix.jsonl").read_text().splitlines()]
+    for row in (*again, *whole):
+        row.pop("train_seconds", None)
+    assert again == whole and (tmp_path / "out" / "samples.parquet").exists()
+
+
+def test_few_models_of_a_matrix_are_alive_at_a_time(model):
+    alive: weakref.WeakSet = weakref.WeakSet()
+    most = 0
+
+    def evaluate(made):
+        nonlocal most
+        alive.add(made)
+        gc.collect()
+        most = max(most, len(alive))
+        return {"unsafety": 0.5}
+
+    run_matrix(model, ROWS, {"d": ROWS}, ["lora", "dpo", "orpo"], evaluate, misalign_budget=Budget(1), realign_budget=Budget(1))
+    assert most <= 4  # the model, M1, the M2 before and this one; not all thirteen

@@ -174,44 +174,50 @@ def run_matrix(
     defend = attack if realign_methods is None else [method_of(n) for n in realign_methods]
     table: list[dict[str, Any]] = []
 
-    def cell(name: str, parent: Callable[[], Any], method: FineTuning, rows: Sequence[Pair], budget: Budget, kind: str, **names: Any) -> Any:
-        def work(lr: float) -> dict[str, Any]:
-            made, cost = train_stage(parent(), method, rows, steps=budget.steps, lr=lr, batch_size=budget.batch_size, seed=seed)
-            found = _summary(evaluate(made)) | {k: v for k, v in cost.items() if k != "losses"}
-            models[name, lr] = made
-            return found
+    def cell(name: str, parent: Callable[[], Any], method: FineTuning, rows: Sequence[Pair], budget: Budget, kind: str, **names: Any) -> Callable[[], Any]:
+        def trained(lr: float) -> tuple[Any, dict[str, Any]]:
+            return train_stage(parent(), method, rows, steps=budget.steps, lr=lr, batch_size=budget.batch_size, seed=seed)
 
-        models: dict[tuple[str, float], Any] = {}
-        tried = [keep(f"{name}-lr{lr:g}", partial(work, lr)) for lr in budget.of(method)]
-        best = max(tried, key=lambda found: chosen(found, kind))
+        def work(lr: float) -> dict[str, Any]:
+            made, cost = trained(lr)
+            fresh.append(made)
+            return _summary(evaluate(made)) | {k: v for k, v in cost.items() if k != "losses"}
+
+        best: dict[str, Any] | None = None
+        kept: Any = None
+        for lr in budget.of(method):
+            fresh: list[Any] = []  # stays empty where the result was kept by an earlier run
+            found = keep(f"{name}-lr{lr:g}", partial(work, lr))
+            if best is None or chosen(found, kind) > chosen(best, kind):
+                best, kept = found, fresh[0] if fresh else None
+        assert best is not None
         table.append({**names, **best, "budget": budget.label, "seed": seed})
-        kept = models.get((name, best["lr"]))
+        rate = best["lr"]
 
         def weights() -> Any:
-            if kept is not None:
-                return kept
-            return train_stage(parent(), method, rows, steps=budget.steps, lr=best["lr"], batch_size=budget.batch_size, seed=seed)[0]
+            nonlocal kept
+            if kept is None:
+                kept = trained(rate)[0]
+            return kept
 
         return weights
 
+    def descend(number: int, parent: Callable[[], Any], a: str, b: str = "", d: str = "") -> None:
+        """A round from one model on, and the rounds after it: depth first, so that few models are alive at a time."""
+        label = {"round": number, "model": f"M{2 * number - 1}", "misalign_method": a, "realign_method": b, "realign_data": d}
+        name = f"M{2 * number - 1}-{a}" + (f"-{b}-{d}" if b else "")
+        attacked = cell(name, parent, method_of(a), misalign_rows, first, "misalign", **label)
+        for to, data in [(b, d)] if b else [(m.name, data) for m in defend for data in realign_sets]:
+            label = {"round": number, "model": f"M{2 * number}", "misalign_method": a, "realign_method": to, "realign_data": data}
+            realigned = cell(f"M{2 * number}-{a}-{to}-{data}", attacked, method_of(to), realign_sets[data], second, "realign", **label)
+            if number < rounds:
+                descend(number + 1, realigned, a, to, data)
+
     table.append({"round": 0, "model": "M0", "misalign_method": "", "realign_method": "", "realign_data": "",
                   **keep("M0", lambda: _summary(evaluate(model))), "steps": 0, "budget": "", "seed": seed})  # fmt: skip
-    live: dict[tuple[str, str, str], Callable[[], Any]] = {}
-    for number in range(1, rounds + 1):
-        starts = {(a.name, "", ""): (lambda: model) for a in attack} if number == 1 else live
-        attacked, live = {}, {}
-        for (a, b, d), parent in starts.items():
-            label = {"round": number, "model": f"M{2 * number - 1}", "misalign_method": a, "realign_method": b, "realign_data": d}
-            name = f"M{2 * number - 1}-{a}" + (f"-{b}-{d}" if b else "")
-            attacked[a, b, d] = cell(name, parent, method_of(a), misalign_rows, first, "misalign", **label)
-        for (a, b, d), parent in attacked.items():
-            pairs = [(m.name, data) for m in defend for data in realign_sets] if number == 1 else [(b, d)]
-            for to, data in pairs:
-                label = {"round": number, "model": f"M{2 * number}", "misalign_method": a, "realign_method": to, "realign_data": data}
-                live[a, to, data] = cell(
-                    f"M{2 * number}-{a}-{to}-{data}", parent, method_of(to), realign_sets[data], second, "realign", **label
-                )
-    return table
+    for method in attack:
+        descend(1, lambda: model, method.name)
+    return sorted(table, key=lambda row: int(row["model"][1:]))
 
 
 def _summary(found: dict[str, Any]) -> dict[str, Any]:
