@@ -246,6 +246,7 @@ def test_two_processes_resume_in_a_later_epoch_with_its_prompts_and_share_the_be
         ({"settings": {"num_iterations": 2}}, "num_iterations: RLOO knows no ratio to the policy that drew"),
         ({"settings": {"temperature": 0.0}}, "temperature: must be above 0"),
         ({"settings": {"beta": -1.0}}, "beta: must be at least 0, got -1"),
+        ({"settings": {"max_length": 512}}, "max_length: is about completions in the data, and here the model writes them"),
         ({"rows": [{"text": "a"}]}, "train_dataset: row 0 has no prompt; its columns are text"),
         ({"rows": [{"prompt_ids": [3], "prompts": 1}]}, "train_dataset: row 0: a column prompts would be taken for the reward's own argument"),
         ({"reward": [share, share]}, "reward: give one"),

@@ -90,9 +90,10 @@ def test_borda_averages_places_and_keeps_the_order_of_the_first_vote_for_equal_m
         borda([])
 
 
-def test_a_vote_that_cannot_be_read_makes_the_call_unreadable() -> None:
-    answers = iter([[0, 1], [1, 0], [1, 0], [0, 1], None])
+def test_votes_that_cannot_be_read_do_not_count_unless_they_are_half() -> None:
+    answers = iter([[0, 1], [1, 0], [1, 0], [1, 0], None, [1, 0], [0, 1], None, None])
     ranker = voting(lambda *_: next(answers), 3)
+    assert ranker("x", ["a", "b"], []) == [1, 0]
     assert ranker("x", ["a", "b"], []) == [1, 0]
     assert ranker("x", ["a", "b"], []) is None
     with pytest.raises(InputError, match="n_votes: must be at least 1, got 0"):

@@ -419,3 +419,15 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(tmp_pat
     assert start("killed", 0) == 0
     assert killed
     assert torch.equal(torch.load(tmp_path / "whole.pt"), torch.load(tmp_path / "killed.pt"))
+
+
+@pytest.mark.parametrize("off", [True, False])
+def test_dropout_is_off_where_modules_call_the_function_themselves(off: bool, tmp_path: Path) -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    opt = OPTForCausalLM(OPTConfig(
+        vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
+        max_position_embeddings=64, dropout=0.5, attention_dropout=0.5,
+    ))  # fmt: skip
+    model, ids = trainer(tmp_path, model=opt, settings={"disable_dropout": off}).model.train(), torch.arange(3, 13)[None]
+    assert torch.equal(model(ids).logits, model(ids).logits) == off

@@ -30,6 +30,7 @@ from .trainer import PreferenceConfig, PreferenceTrainer, collate
 ROLLOUTS_FILE = "rollouts.json"
 RESERVED = ("finished", "prompts", "completions", "responses")
 GIVEN = ("reward", "group", "token_logp", "ref_token_logp")
+UNUSED = ("max_length", "overlong", "identical", "precompute_ref_log_probs", "ref_cache_dir")  # they are about completions that are given
 
 
 @dataclass
@@ -68,6 +69,9 @@ class OnPolicyTrainer(PreferenceTrainer):
         args = OnPolicyConfig(output_dir="trainer_output") if args is None else args
         defaults = OnPolicyConfig.__dataclass_fields__
         self.draw: dict[str, Any] = {name: getattr(args, name, defaults[name].default) for name in OnPolicyConfig.__annotations__}
+        for name in UNUSED:
+            if getattr(args, name, defaults[name].default) != defaults[name].default:
+                raise InputError(f"{name}: is about completions in the data, and here the model writes them; leave it out (max_completion_length bounds them)")
         for name, least in (("num_generations", 1), ("max_completion_length", 1), ("num_iterations", 1), ("beta", 0)):
             if self.draw[name] < least:
                 raise InputError(f"{name}: must be at least {least}, got {self.draw[name]}")

@@ -147,7 +147,7 @@ def borda(votes: Sequence[Sequence[int]]) -> list[int]:
 
 
 def voting(ranker: Ranker, n_votes: int) -> Ranker:
-    """Borda over n_votes calls; None when one of them cannot be read."""
+    """Borda over n_votes calls; those that cannot be read do not count, and None when that leaves no majority of the calls."""
     if n_votes < 1:
         raise InputError(f"n_votes: must be at least 1, got {n_votes}")
 
@@ -155,10 +155,9 @@ def voting(ranker: Ranker, n_votes: int) -> Ranker:
         votes: list[list[int]] = []
         for _ in range(n_votes):
             found = as_ranking(ranker(prompt, responses, demonstrations), len(responses))
-            if found is None:
-                return None
-            votes.append(found)
-        return borda(votes)
+            if found is not None:
+                votes.append(found)
+        return borda(votes) if 2 * len(votes) > n_votes else None
 
     return vote
 

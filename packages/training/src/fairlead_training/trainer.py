@@ -370,11 +370,13 @@ def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_dropout(model: Any) -> None:
+    """Dropout layers, and the rates that a module hands to torch's functions itself (`dropout`, `attention_dropout`, ...)."""
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _gathered(stats: SequenceStats, accelerator: Any) -> tuple[SequenceStats, int]:
