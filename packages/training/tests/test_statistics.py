@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,3 +83,45 @@ def test_a_row_does_not_see_its_neighbours(rows: list[dict[str, Any]], data: Any
     others = data.draw(st.lists(ROW, min_size=len(rows) - 1, max_size=len(rows) - 1))
     after = sequence_stats(policy, [rows[0], *others], packed=True).logp[:own]
     torch.testing.assert_close(before, after, rtol=0, atol=1e-12)
+
+
+SHARDED = """
+import copy, warnings, torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from fairlead.logprobs import linear_head
+from fairlead.testing import tiny_model
+from fairlead_training.statistics import attention_of, lay_out, token_stats
+
+warnings.filterwarnings("error", message=".*returned a view tensor")
+dist.init_process_group("gloo")
+mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
+whole = copy.deepcopy(tiny_model())
+sharded = copy.deepcopy(whole)
+linear_head(sharded)
+for part in (*sharded.model.layers, sharded.lm_head, sharded):
+    fully_shard(part, mesh=mesh)
+rows = [{"prompt_ids": [3 + i + 4 * rank, 5, 7], "completion_ids": [[10 + i, 11, 12], [20 + i, 21]]} for i in range(3)]
+for packed in (True, False):
+    sums = []
+    for model in (sharded, whole):
+        model.zero_grad()
+        with attention_of(model, packed):
+            found = token_stats(model, lay_out(rows, packed)).sum_S()
+            (found * torch.linspace(-1, 1, 6)).sum().backward()
+        sums.append(found.detach())
+    torch.testing.assert_close(*sums, rtol=0, atol=1e-6)
+    for mine, right in zip(sharded.parameters(), whole.parameters(), strict=True):
+        dist.all_reduce(right.grad)
+        torch.testing.assert_close(mine.grad.full_tensor(), right.grad / 2, rtol=1e-5, atol=1e-6)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_weights_sharded_by_fsdp_give_the_same_sums_and_gradients(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(SHARDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-8000:]

@@ -200,7 +200,7 @@ def token_stats(model: Any, layout: Layout, temperature: float = 1.0, squares: b
         hidden_ND = hidden_BTD.flatten(0, 1)[places_N]
         logp_N = head_logprobs(head, hidden_ND, targets_N, temperature)
         if not squares:
-            return logp_N[None]
+            return torch.stack([logp_N])  # no view: FSDP hangs its hooks on what the head returns
         with torch.no_grad():
             sharper_N = head_logprobs(head, hidden_ND, targets_N, temperature / 2)
         return torch.stack([logp_N, sharper_N])
