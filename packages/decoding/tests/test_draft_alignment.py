@@ -92,13 +92,6 @@ def test_a_chain_that_is_next_to_a_constant_is_not_drawn() -> None:
         assert float(weight.max()) < 0.5
 
 
-def test_the_text_is_letters_in_the_order_of_the_library() -> None:
-    text = world.corpus()
-    assert int(text.max()) < len(world.LETTERS) == 29
-    assert "  " not in world.written(text[:5000])
-    assert torch.equal(text, world.corpus())
-
-
 class TestContract(recipe_contract("draft-alignment")):  # type: ignore[misc]
     pass
 

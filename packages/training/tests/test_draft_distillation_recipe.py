@@ -11,7 +11,6 @@ import torch
 
 from fairlead import registry
 from fairlead.runs import Run
-from fairlead_training.recipes import draft_distillation as recipe
 from fairlead_training.recipes.draft_distillation import (
     LOSSES,
     DraftDistillation,
@@ -73,8 +72,3 @@ def test_the_exact_block_is_that_of_all_drafted_paths() -> None:
             first, second = (min(1.0, float(q[s, x] / p[s, x])) for s, x in ((3 * a + b, c), (3 * b + c, d)))
             expected += float(p[3 * a + b, c] * p[3 * b + c, d]) * (first + first * second)
         assert float(found[3 * a + b]) == pytest.approx(expected)
-
-
-def test_the_corpus_has_letters_alone() -> None:
-    text = recipe.corpus()
-    assert len(text) > 100_000 and int(text.min()) >= 0 and int(text.max()) < len(recipe.LETTERS)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from fairlead import stats
+from fairlead import letters, stats
 from fairlead.config import MethodConfig
 from fairlead.kinds import Recipe
 from fairlead.runs import Run
@@ -158,16 +158,16 @@ def train_and_decode(c: DraftAlignmentConfig, run: Run) -> dict[str, Any]:
 
     from ..speculative import Speculative
 
-    text = world.corpus()
+    text = letters.corpus()
     cut = int(0.9 * len(text))
     length = PROMPT + c.distillation_tokens
     train = partial(world.fit, seed=run.seed)
     target = train(
-        world.model(c.target_layers, c.target_width, 4, run.seed), world.next_letter_loss(text[:cut], c.batch_size, length), c.target_steps,
+        letters.letter_model(c.target_layers, c.target_width, 4, run.seed), world.next_letter_loss(text[:cut], c.batch_size, length), c.target_steps,
         3e-3, tell=partial(run.progress, "target"),
     )  # fmt: skip
     plain = train(
-        world.model(1, c.draft_width, 2, run.seed + 1), world.next_letter_loss(text[:cut], c.batch_size, length), c.draft_steps, 5e-3,
+        letters.letter_model(1, c.draft_width, 2, run.seed + 1), world.next_letter_loss(text[:cut], c.batch_size, length), c.draft_steps, 5e-3,
         tell=partial(run.progress, "draft on plain text"),
     )  # fmt: skip
 
@@ -183,7 +183,7 @@ def train_and_decode(c: DraftAlignmentConfig, run: Run) -> dict[str, Any]:
     logits = world.answer_logits(target, texts, PROMPT)
     drafts = {BEFORE: plain}
     for name, kind in ((KL, "kl"), (TVD, "tvd")):
-        twin = world.model(1, c.draft_width, 2, 0)
+        twin = letters.letter_model(1, c.draft_width, 2, 0)
         twin.load_state_dict(plain.state_dict())
         loss = world.distillation_loss(kind, texts, logits, PROMPT, c.batch_size)
         drafts[name] = train(twin, loss, c.distillation_steps, 5e-3, tell=partial(run.progress, f"alignment by {name}"))
@@ -200,7 +200,7 @@ def train_and_decode(c: DraftAlignmentConfig, run: Run) -> dict[str, Any]:
         tau = [g.provenance["expected_tokens"] / g.provenance["target_calls"] for g in made.generations]
         found["drafts"][name] = {"acceptance": accepted.tolist(), "tau": tau}
         found["figures"][name] = made.figures
-        found["samples"] = [{"prompt": world.written(p), "answer": world.written(g.ids)} for p, g in zip(asked[:12], made.generations, strict=False)]
+        found["samples"] = [{"prompt": letters.written(p), "answer": letters.written(g.ids)} for p, g in zip(asked[:12], made.generations, strict=False)]
     for gamma in (1, 2, 3, 6, 8):
         made = Speculative(draft=drafts[TVD], gamma=gamma).generate(target, None, asked, **options)
         found["by_gamma"][str(gamma)] = made.figures["block_efficiency"]

@@ -10,12 +10,7 @@ Shape suffixes: T positions, V vocabulary, S pairs of letters, N texts, L tokens
 
 from __future__ import annotations
 
-import ast
-import functools
-import re
-import sysconfig
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +18,6 @@ import torch
 from fairlead.errors import InputError
 
 LOSSES = ("kl", "rkl", "tvd", "tvdpp")
-LETTERS = " abcdefghijklmnopqrstuvwxyz.,"
 
 
 def draft_loss(kind: str, draft_TV: torch.Tensor, target_TV: torch.Tensor, weight_T: torch.Tensor | None = None) -> torch.Tensor:
@@ -103,42 +97,6 @@ def stationary(law_SV: torch.Tensor) -> torch.Tensor:
     for _ in range(500):
         weight = (weight[:, :, None] * law_SV.view(size, size, size)).sum(0)
     return weight.flatten()
-
-
-@functools.cache
-def corpus(most: int = 400_000) -> torch.Tensor:
-    """Letters int64 [N] of the docstrings of Python's standard library: 29 symbols, the same for one Python version."""
-    texts: list[str] = []
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (OSError, SyntaxError, UnicodeDecodeError):
-            continue
-        if sum(map(len, texts)) > 1.2 * most:
-            break
-        owners = (node for node in ast.walk(tree) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)))
-        texts += [text for node in owners if (text := ast.get_docstring(node))]
-    whole = re.sub(r"[^a-z.,]+", " ", " ".join(texts).lower())[:most]
-    if len(whole) < 100_000:
-        raise InputError(f"text: the standard library here has {len(whole)} letters of docstrings, 100000 are needed; is its source installed?")
-    place = {letter: i for i, letter in enumerate(LETTERS)}
-    return torch.tensor([place[letter] for letter in whole])
-
-
-def written(ids: torch.Tensor) -> str:
-    return "".join(LETTERS[i] for i in ids.tolist())
-
-
-def model(layers: int, width: int, heads: int, seed: int) -> Any:
-    """An untrained Llama over the letters."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(LETTERS), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=heads, max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
 
 
 def fit(net: Any, loss: Callable[[Any, torch.Generator], torch.Tensor], steps: int, rate: float, seed: int, tell: Callable[[int, int], None]) -> Any:

@@ -9,15 +9,10 @@ Shape suffixes: S contexts (pairs of letters), V letters, N rows, T tokens.
 
 from __future__ import annotations
 
-import ast
 import copy
-import functools
-import re
-import sysconfig
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,8 +21,8 @@ from pydantic import Field
 
 from fairlead import registry, stats
 from fairlead.config import MethodConfig
-from fairlead.errors import InputError
 from fairlead.kinds import Recipe
+from fairlead.letters import LETTERS, corpus, letter_model
 from fairlead.runs import Run
 
 from ..draft_distillation import DistillationTrainer, acceptance, expected_tokens, make_distillation_set, top_k_targets
@@ -36,7 +31,6 @@ from ..objectives.distillation import DISTILLATION
 LOSSES = {"fkl": "KL, goes on", "rkl": "reverse KL", "tvd": "TVD", "tvdpp": "TVD++, exact", "tvdpp-sampled": "TVD++, sampled"}
 GAMMA = 4
 PROMPT = 16
-LETTERS = " abcdefghijklmnopqrstuvwxyz.,"
 BEFORE, KL, TVD = "before", "KL", "TVD"
 
 
@@ -170,9 +164,9 @@ def text_experiment(c: DraftDistillationConfig, run: Run) -> dict[str, Any]:
     """Acceptance of each held-out prompt's answer and tokens a call, for three drafts."""
     text, length = corpus(), PROMPT + c.tokens
     cut = int(0.9 * len(text))
-    target = language_model(c.target_layers, c.target_width, run.seed)
+    target = letter_model(c.target_layers, c.target_width, max(2, c.target_width // 24), run.seed)
     pretrain(target, text[:cut], c.target_steps, 3e-3, length, run.seed, partial(run.progress, "target"))
-    drafts = {BEFORE: language_model(1, c.draft_width, run.seed + 1)}
+    drafts = {BEFORE: letter_model(1, c.draft_width, max(2, c.draft_width // 24), run.seed + 1)}
     pretrain(drafts[BEFORE], text[:cut], c.draft_steps, 5e-3, length, run.seed, partial(run.progress, "draft on plain text"))
 
     def prompts(start: int, stop: int, count: int, seed: int) -> list[torch.Tensor]:
@@ -255,39 +249,6 @@ def _paired(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     from scipy.stats import ttest_rel
 
     return float((a - b).mean()), float(ttest_rel(a, b, alternative="greater").pvalue)
-
-
-@functools.cache
-def corpus(most: int = 400_000) -> torch.Tensor:
-    """Letters int64 [T] of the docstrings of Python's standard library: 29 symbols, the same for one Python version."""
-    texts: list[str] = []
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (OSError, SyntaxError, UnicodeDecodeError):
-            continue
-        if sum(map(len, texts)) > 1.2 * most:
-            break
-        owners = (node for node in ast.walk(tree) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)))
-        texts += [text for node in owners if (text := ast.get_docstring(node))]
-    whole = re.sub(r"[^a-z.,]+", " ", " ".join(texts).lower())[:most]
-    if len(whole) < 100_000:
-        raise InputError(f"text: the standard library here has {len(whole)} letters of docstrings, 100000 are needed; is its source installed?")
-    place = {letter: i for i, letter in enumerate(LETTERS)}
-    return torch.tensor([place[letter] for letter in whole])
-
-
-def language_model(layers: int, width: int, seed: int) -> Any:
-    """An untrained Llama over the letters."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    heads = max(2, width // 24)
-    config = LlamaConfig(
-        vocab_size=len(LETTERS), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=heads, max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
 
 
 def pretrain(model: Any, text: torch.Tensor, steps: int, rate: float, length: int, seed: int, tell: Callable[[int, int], None]) -> None:
