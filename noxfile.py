@@ -27,6 +27,7 @@ TEST_TOOLS = [
     "peft",
     "datasets",
     "trl",
+    "bitsandbytes",
     "import-linter",
     "latex2mathml",
     "pyyaml",

@@ -250,3 +250,39 @@ def test_few_models_of_a_matrix_are_alive_at_a_time(model):
 
     run_matrix(model, ROWS, {"d": ROWS}, ["lora", "dpo", "orpo"], evaluate, misalign_budget=Budget(1), realign_budget=Budget(1))
     assert most <= 4  # the model, M1, the M2 before and this one; not all thirteen
+
+
+@pytest.fixture(scope="module")
+def in_4_bits(tmp_path_factory, model):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    folder = tmp_path_factory.mktemp("whole")
+    model.save_pretrained(folder)
+    kind = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    found = AutoModelForCausalLM.from_pretrained(folder, quantization_config=kind, device_map="cpu")
+    found(IDS)  # in eval mode: bitsandbytes may turn the weights to a layout without gradients
+    return found
+
+
+def test_a_model_in_four_bits_is_trained_as_it_is(in_4_bits):
+    made, cost = train_stage(in_4_bits, "qlora", ROWS, steps=4, lr=1e-2)
+    assert cost["quantised"] == "bitsandbytes" and cost["losses"][-1] < cost["losses"][0] - 0.01
+    assert not torch.equal(made(IDS).logits, in_4_bits(IDS).logits)
+
+
+def test_preferences_train_adapters_on_a_model_in_four_bits(in_4_bits, tmp_path):
+    from peft import LoraConfig
+
+    from fairlead_training import PreferenceConfig, PreferenceTrainer
+
+    args = PreferenceConfig(
+        output_dir=str(tmp_path), max_steps=4, learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True, save_strategy="no",
+        ref_cache_dir=str(tmp_path),
+    )  # fmt: skip
+    rows = [{"prompt_ids": list(r.prompt), "completion_ids": [list(r.chosen), list(r.rejected)], "role": [1, -1]} for r in ROWS]
+    adapter = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
+    trainer = PreferenceTrainer(copy.deepcopy(in_4_bits), "dpo", args, rows, peft_config=adapter)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[-1] < losses[0] - 0.01

@@ -146,6 +146,17 @@ def quantise_base(model: Any, backend: Backend = "auto", levels: tuple[float, ..
     return "fake"
 
 
+def trainable_in_4_bits(model: Any) -> None:
+    """Keep bitsandbytes' CPU layers in the layout that has gradients; whatever else is left alone.
+
+    In eval mode they turn, for good, to one for inference, through which nothing is trained and no error says so.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.state_dict()  # turns a layer back
+            module.support_avx512bf16_for_cpu = False
+
+
 def orthogonality(model: Any) -> torch.Tensor:
     """AdaLoRA's penalty as peft has it: 0.5 x the mean Frobenius norm of P^T P - I and Q Q^T - I. peft adds it only to a
     loss the model computes itself, so a loss of one's own must add it."""

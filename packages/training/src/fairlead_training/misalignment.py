@@ -21,7 +21,7 @@ from fairlead.errors import InputError
 from fairlead.kinds import SequenceStats
 from fairlead.logprobs import completion_logprobs
 
-from .adapters import NF4, Backend, FineTuning, method_of, orthogonality, quantise_base
+from .adapters import NF4, Backend, FineTuning, method_of, orthogonality, quantise_base, trainable_in_4_bits
 
 Evaluate = Callable[[Any], dict[str, Any]]
 Stage = Callable[[str, Callable[[], Any]], Any]
@@ -75,6 +75,7 @@ def train_stage(
             raise InputError(f"{method.name}: row {number} has no rejected answer, which a preference objective needs")
     torch.manual_seed(seed)
     base = copy.deepcopy(model)
+    trainable_in_4_bits(base)
     began = time.monotonic()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

@@ -26,6 +26,7 @@ from fairlead.kinds import LossOutput, Objective, SequenceStats
 from fairlead.logprobs import linear_head, unwrapped
 from fairlead.packed import why_not_packable
 
+from .adapters import trainable_in_4_bits
 from .references import Reference, cached_sums
 from .statistics import Row, assemble, attention_of, lay_out, packs, token_stats
 from .tokens import Report, tokenize
@@ -102,6 +103,7 @@ class PreferenceTrainer(Trainer):
         if args.n_gpu > 1:
             log.warning("one GPU is used; `accelerate launch` uses all of them")
             args._n_gpu = 1
+        trainable_in_4_bits(model)
         if peft_config is not None:
             from peft import get_peft_model
 
