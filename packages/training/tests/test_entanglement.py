@@ -6,9 +6,6 @@ import copy
 import json
 import logging
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -484,15 +481,6 @@ def test_the_monitor_sees_the_loss_of_sparse_rows(params: str, tmp_path: Path) -
     assert record["norm_w"] == pytest.approx(float(torch.cat([g.flatten() for g in grads]).norm()), rel=1e-3)
 
 
-SCRIPT = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-import test_entanglement as t
-from pathlib import Path
-t.watched(Path({folder!r}), per_device_train_batch_size=2, ddp_backend="gloo")
-"""
-
-
 def watched(folder: Path, **settings: Any) -> None:
     """Two steps with monitor and remedy; leaves the record and the weights."""
     run = trainer(folder, EntanglementMonitor(every=1, params="all"), NormalizedPairs(), max_steps=2, **settings)
@@ -503,14 +491,10 @@ def watched(folder: Path, **settings: Any) -> None:
     run.accelerator.end_training()
 
 
-def test_two_processes_see_what_one_sees(tmp_path: Path) -> None:
+def test_two_processes_see_what_one_sees(tmp_path: Path, on_two_processes: Any) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     watched(one)
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), folder=str(two)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
+    on_two_processes('import test_entanglement as t\nt.watched(folder / "two", per_device_train_batch_size=2, ddp_backend="gloo")')
     assert torch.allclose(*(torch.load(folder / "weights.pt", weights_only=True) for folder in (one, two)), atol=2e-5)
     for first, second in zip(lines(one), lines(two), strict=True):
         for name in ("dot", "norm_w", "norm_l", "d_w", "d_l", "pair_ratio_min", "s_w", "measured_ds_w", "measured_ds_l"):

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -179,61 +176,45 @@ def test_evaluation_draws_the_same_completions_every_time(tmp_path: Path) -> Non
     assert first["eval_reward"] == second["eval_reward"] and 0 <= first["eval_reward"] <= 1
 
 
-SCRIPT = """
-import os, sys, torch
-sys.path.insert(0, {tests!r})
+TWO = """
+import torch
 import test_on_policy as t
-from pathlib import Path
-backend = {{"ddp_backend": "gloo"}} if "RANK" in os.environ else {{}}
-run = t.trainer(Path({folder!r}), "grpo", settings={{"per_device_train_batch_size": {batch}, "max_steps": 3, "num_iterations": 2, **backend}})
+run = t.trainer(folder, "grpo", settings={"per_device_train_batch_size": 2, "max_steps": 3, "num_iterations": 2, "ddp_backend": "gloo"})
 run.train()
 if run.accelerator.is_main_process:
-    torch.save({{"losses": t.losses(run), "rewards": t.logged(run, "reward"), "weights": t.weights(run)}}, {out!r})
+    torch.save({"losses": t.losses(run), "rewards": t.logged(run, "reward"), "weights": t.weights(run)}, folder / "two.pt")
 run.accelerator.wait_for_everyone()
 run.accelerator.end_training()
 """
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    found = []
-    for processes in (1, 2):
-        out, script = tmp_path / f"{processes}.pt", tmp_path / f"run{processes}.py"
-        where = {"tests": str(Path(__file__).parent), "folder": str(tmp_path / str(processes)), "out": str(out)}
-        script.write_text(SCRIPT.format(batch=4 // processes, **where))
-        launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"] if processes == 2 else []
-        command = [sys.executable, *launch, str(script)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr[-8000:]
-        found.append(torch.load(out, weights_only=True))
-    assert found[0]["rewards"] == pytest.approx(found[1]["rewards"], rel=1e-6)
-    assert found[0]["losses"] == pytest.approx(found[1]["losses"], rel=1e-5, abs=1e-7)
-    assert torch.allclose(found[0]["weights"], found[1]["weights"], atol=2e-5)
+def test_two_processes_equal_one(tmp_path: Path, on_two_processes: Any) -> None:
+    one = trainer(tmp_path, "grpo", settings={"per_device_train_batch_size": 4, "max_steps": 3, "num_iterations": 2})
+    one.train()
+    on_two_processes(TWO)
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    assert logged(one, "reward") == pytest.approx(two["rewards"], rel=1e-6)
+    assert losses(one) == pytest.approx(two["losses"], rel=1e-5, abs=1e-7)
+    assert torch.allclose(weights(one), two["weights"], atol=2e-5)
 
 
 RESUMED = """
-import sys, torch
-sys.path.insert(0, {tests!r})
 import test_on_policy as t
-from pathlib import Path
 settings = dict(per_device_train_batch_size=2, max_steps=8, num_iterations=2, save_strategy="steps", save_steps=6, eval_strategy="steps",
                 eval_steps=6, load_best_model_at_end=True, metric_for_best_model="eval_reward", ddp_backend="gloo")
-whole = t.trainer(Path({folder!r}), "grpo", settings=settings, eval_dataset=t.PROMPTS[:4])
+whole = t.trainer(folder, "grpo", settings=settings, eval_dataset=t.PROMPTS[:4])
 whole.train()
 assert whole.state.best_model_checkpoint.endswith("out/checkpoint-6"), whole.state.best_model_checkpoint
-again = t.trainer(Path({folder!r}), "grpo", settings=dict(settings, load_best_model_at_end=False, eval_strategy="no"))
-again.train(resume_from_checkpoint=str(Path({folder!r}) / "out" / "checkpoint-6"))
+again = t.trainer(folder, "grpo", settings=dict(settings, load_best_model_at_end=False, eval_strategy="no"))
+again.train(resume_from_checkpoint=str(folder / "out" / "checkpoint-6"))
 assert t.losses(again)[-2:] == t.losses(whole)[-2:], (t.losses(again), t.losses(whole))
 whole.accelerator.wait_for_everyone()
 whole.accelerator.end_training()
 """
 
 
-def test_two_processes_resume_in_a_later_epoch_with_its_prompts_and_share_the_best_model(tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(RESUMED.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-8000:]
+def test_two_processes_resume_in_a_later_epoch_with_its_prompts_and_share_the_best_model(on_two_processes: Any) -> None:
+    on_two_processes(RESUMED)
 
 
 @pytest.mark.parametrize(

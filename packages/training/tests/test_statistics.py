@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,9 +115,5 @@ dist.destroy_process_group()
 """
 
 
-def test_weights_sharded_by_fsdp_give_the_same_sums_and_gradients(tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(SHARDED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-8000:]
+def test_weights_sharded_by_fsdp_give_the_same_sums_and_gradients(on_two_processes: Any) -> None:
+    on_two_processes(SHARDED)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +99,10 @@ def test_a_reward_trains_on_answers_of_the_model(place: Path) -> None:
         run(place, "--reward-set", "target=3")
 
 
-def test_two_processes_keep_one_run_directory(place: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "fairlead", "train"]
+def test_two_processes_keep_one_run_directory(place: Path, on_two_processes: Any) -> None:
     fixed = ["--model", str(place / "model"), "--dataset", str(place / "pairs.jsonl"), "--out", str(place / "run")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     more = [*SHORT, "--set", "ddp_backend=gloo", "--set", "per_device_train_batch_size=2"]
-    done = subprocess.run([*command, *fixed, *more], capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-8000:]
-    assert done.stdout.count("report:") == 1
+    printed = on_two_processes("-m", "fairlead", "train", *fixed, *more)
+    assert printed.count("report:") == 1
     assert json.loads((place / "run" / "run.json").read_text())["status"] == "finished"
     assert (place / "run" / "model" / "config.json").exists()

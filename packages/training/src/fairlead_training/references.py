@@ -112,22 +112,25 @@ def cached_sums(
     key = hashlib.sha256(f"{weights} {fingerprint(rows)} {completions} {temperature} {kind} {precision}".encode()).hexdigest()[:24]
     path = Path(folder or cache_dir("reference")) / f"ref-{key}.safetensors"
     count = sum(len(row[completions]) for row in rows)
+    kept: list[float] = []
     try:
-        kept: list[float] = load_file(path)["ref_logp"].tolist()
-        if len(kept) == count:
-            return kept
+        kept = load_file(path)["ref_logp"].tolist()
     except (OSError, KeyError, SafetensorError):  # absent, torn or foreign
         pass
+    alone = accelerator is None or accelerator.num_processes == 1
+    if not alone:
+        from accelerate.utils import gather_object
+    here = len(kept) == count
+    if here if alone else all(gather_object([here])):  # machines may have caches of their own: either all read or all work
+        return kept
     with nullcontext() if accelerator is None else accelerator.autocast():
-        if accelerator is None or accelerator.num_processes == 1:
+        if alone:
             values = reference.sums(rows, objective, completions, temperature)
         else:
-            from accelerate.utils import gather_object
-
             size = -(-len(rows) // accelerator.num_processes)
             start = accelerator.process_index * size
             values = gather_object(reference.sums(rows[start : start + size], objective, completions, temperature))
-    if accelerator is None or accelerator.is_main_process:
+    if accelerator is None or accelerator.is_local_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path, "wb") as stream:
             stream.write(save({"ref_logp": torch.tensor(values, dtype=torch.float64)}))
