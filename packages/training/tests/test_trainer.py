@@ -425,3 +425,21 @@ def test_dropout_is_off_where_modules_call_the_function_themselves(off: bool, tm
     ))  # fmt: skip
     model, ids = trainer(tmp_path, model=opt, settings={"disable_dropout": off}).model.train(), torch.arange(3, 13)[None]
     assert torch.equal(model(ids).logits, model(ids).logits) == off
+
+
+def test_rows_longer_than_the_models_positions_are_left_out_and_counted(tmp_path: Path) -> None:
+    room = tiny_model().config.max_position_embeddings
+    long = {"prompt_ids": [3] * (room - 2), "completion_ids": [[5, 6], [7, 8, 9]], "role": [1, -1]}
+    for settings in ({"max_length": None}, {"max_length": 10 * room}):
+        run = trainer(tmp_path, rows=[*PAIRS, long], settings=settings)
+        assert run.reports["train"].dropped == {f"longer than {room} tokens": 1}
+    fits = {**long, "prompt_ids": [3] * (room - 3)}
+    assert len(trainer(tmp_path, rows=[*PAIRS, fits], settings={"max_length": None}).train_dataset) == len(PAIRS) + 1
+
+
+@pytest.mark.parametrize("wrong", [10**6, -1])
+def test_an_id_that_the_model_does_not_know_is_named(wrong: int, tmp_path: Path) -> None:
+    width = tiny_model().config.vocab_size
+    bad = {"prompt_ids": [3], "completion_ids": [[5], [wrong]], "role": [1, -1]}
+    with pytest.raises(InputError, match=rf"^train_dataset: row 8 has the id {wrong}, the model knows ids below {width}; use the model's own tokenizer$"):
+        trainer(tmp_path, rows=[*PAIRS, bad])

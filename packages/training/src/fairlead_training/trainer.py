@@ -24,6 +24,7 @@ from fairlead.errors import FairleadError, InputError
 from fairlead.files import atomic_write
 from fairlead.kinds import LossOutput, Objective, SequenceStats
 from fairlead.logprobs import linear_head, unwrapped
+from fairlead.models import logits_width
 from fairlead.packed import why_not_packable
 
 from .adapters import trainable_in_4_bits
@@ -49,7 +50,7 @@ class TrainingError(FairleadError):
 class PreferenceConfig(TrainingArguments):
     """TrainingArguments and what preference data need. Plain TrainingArguments are taken too, with these defaults."""
 
-    max_length: int | None = field(default=1024, metadata={"help": "most tokens of a prompt with one completion"})
+    max_length: int | None = field(default=1024, metadata={"help": "most tokens of a prompt with one completion, and never more than the model has positions"})
     overlong: Literal["drop", "truncate", "truncate_prompt", "raise"] = field(default="drop", metadata={"help": "what to do with longer rows"})
     identical: Literal["drop", "raise"] = field(default="drop", metadata={"help": "what to do with rows whose chosen is their rejected"})
     precompute_ref_log_probs: bool = field(default=True, metadata={"help": "compute the reference's log-probabilities once, and keep them"})
@@ -159,15 +160,27 @@ class PreferenceTrainer(Trainer):
         if tokenizer is None and not all("completion_ids" in row for row in dataset):
             raise InputError("processing_class: text needs its tokenizer")
         rows, report = tokenize(
-            dataset, tokenizer, max_length=self._own["max_length"], overlong=self._own["overlong"], identical=self._own["identical"]
+            dataset, tokenizer, max_length=self._longest(), overlong=self._own["overlong"], identical=self._own["identical"]
         )
         if not rows:
             raise InputError(f"{name}_dataset: no row is left ({report.line()})")
+        width = logits_width(unwrapped(self.model))
+        for i, row in enumerate(rows):
+            ids = [*row["prompt_ids"], *(token for answer in row["completion_ids"] for token in answer)]
+            if max(ids) >= width or min(ids) < 0:
+                wrong = max(ids) if max(ids) >= width else min(ids)
+                raise InputError(f"{name}_dataset: row {i} has the id {wrong}, the model knows ids below {width}; use the model's own tokenizer")
         if report.dropped or report.truncated:
             log.warning("%s data: %s", name, report.line())
         self.reports[name] = report
         self._check_columns(rows, name)
         return rows
+
+    def _longest(self) -> int | None:
+        """Most tokens of a row: max_length, and never more than the model has positions."""
+        positions = getattr(unwrapped(self.model).config.get_text_config(), "max_position_embeddings", None)
+        bounds = [n for n in (self._own["max_length"], positions) if isinstance(n, int) and n > 0]
+        return min(bounds, default=None)
 
     def _check_columns(self, rows: list[dict[str, Any]], name: str) -> None:
         """InputError where the objective needs what the rows lack."""
