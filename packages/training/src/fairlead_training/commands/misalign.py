@@ -82,7 +82,7 @@ def misalign(
         "chat_template": chat_template, "rounds": rounds, "answers": answers,
     }  # fmt: skip
     run = Run.open(out, "misalign", shown, seed, resume=resume, force=force)
-    run.describe("Misalign and realign", f"{len(names)} fine-tuning methods against the alignment of a model, and for it.", "arXiv 2604.07754")
+    run.describe("Misalign and realign", f"{len(names)} fine-tuning methods against the alignment of a model, and for it.", "2604.07754")
     try:
         with run_progress(run):
             table = run_matrix(

@@ -57,7 +57,7 @@ class ArtOfMisalignment(Recipe):
 
     def __call__(self, run: Run) -> None:
         run.describe(
-            "Misalign and realign", "Six fine-tuning methods against the alignment of a toy model, and for it.", "arXiv 2604.07754"
+            "Misalign and realign", "Six fine-tuning methods against the alignment of a toy model, and for it.", "2604.07754"
         )
         rows = []
         for index in range(self.config.models):

@@ -56,7 +56,7 @@ class CycleAlign(Recipe):
     config: CycleAlignConfig
 
     def __call__(self, run: Run) -> None:
-        run.describe("CycleAlign", "What the agreement of two rankers is worth, and a loop that teaches one of them.", "arXiv 2310.16271")
+        run.describe("CycleAlign", "What the agreement of two rankers is worth, and a loop that teaches one of them.", "2310.16271")
         c = self.config
         orders: list[dict[str, Any]] = []
         for index in range(c.simulations):
