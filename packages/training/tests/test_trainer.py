@@ -17,7 +17,14 @@ import torch
 from fairlead import registry
 from fairlead.errors import InputError
 from fairlead.testing import save_tiny_model, tiny_model
-from fairlead_training import PreferenceConfig, PreferenceTrainer, TrainingError, sequence_stats, tokenize
+from fairlead_training import (
+    EntanglementMonitor,
+    PreferenceConfig,
+    PreferenceTrainer,
+    TrainingError,
+    sequence_stats,
+    tokenize,
+)
 from fairlead_training.references import model_fingerprint
 
 PAIRS = [
@@ -262,6 +269,27 @@ def test_the_shift_of_bco_is_saved_with_a_checkpoint(tmp_path: Path) -> None:
     again = trainer(tmp_path, "bco", rows, settings={"save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 4})
     again._load_from_checkpoint(str(tmp_path / "out" / "checkpoint-4"))
     assert again.objective.state_dict() == run.objective.state_dict() != registry.create("objective", "bco").state_dict()
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_resumed_run_logs_what_the_whole_one_does_between_two_logs_too(watched: bool, tmp_path: Path) -> None:
+    settings = {"max_steps": 9, "logging_steps": 4, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "linear"}
+
+    def run() -> PreferenceTrainer:
+        return trainer(tmp_path, settings=settings, callbacks=[EntanglementMonitor(every=3, pairs=2)] if watched else None)
+
+    def logged(done: PreferenceTrainer) -> list[dict[str, float]]:
+        return [{k: v for k, v in entry.items() if "runtime" not in k and "per_second" not in k} for entry in done.state.log_history]
+
+    whole = run()
+    mean = whole.train().training_loss
+    assert [entry["step"] for entry in whole.state.log_history if "loss" in entry] == [4, 8]
+    assert [entry["step"] for entry in whole.state.log_history if "entanglement/cos" in entry] == ([1, 4, 7] if watched else [])
+    for step in (3, 6):
+        again = run()
+        rest = again.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{step}")).training_loss
+        assert logged(again)[:-1] == logged(whole)[:-1]  # the last is train()'s own: its steps alone
+        assert 0 < rest < mean
 
 
 def test_a_checkpoint_that_cannot_be_written_keeps_the_last_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,7 +228,9 @@ class EntanglementMonitor(TrainerCallback):
             return
         record, self._record = {"step": state.global_step, **self._record}, None
         numbers = {f"entanglement/{k}": float(v) for k, v in record.items() if isinstance(v, (int, float)) and k not in ("step", "pairs", "seconds")}
+        wanted = control.should_log
         self.trainer.log({k: v for k, v in numbers.items() if math.isfinite(v)})
+        control.should_log = wanted  # a log by a callback would stand in for the step's own
         now = record["state"]
         if state.is_world_process_zero:
             with open(Path(args.output_dir) / FILE, "a", encoding="utf-8") as stream:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from fairlead import registry
 from fairlead.errors import FairleadError, InputError
@@ -34,6 +34,7 @@ from .tokens import Report, tokenize
 
 log = logging.getLogger("fairlead")
 STATE_FILE = "objective.json"
+UNLOGGED_FILE = "unlogged.json"
 STAGING = ".unfinished"
 MADE_BY = {"ref_logp_mean": "made by fairlead_training.score_dataset", "reward": "or take OnPolicyTrainer, which draws completions"}
 # d loss / d logp [S] of this process's sequences and their statistics (logp with gradient) -> the weights to go back with.
@@ -71,6 +72,24 @@ def collate(rows: Sequence[Row]) -> dict[str, Any]:
     return {"batch": _Batch(rows)}
 
 
+class _TakesUp(TrainerCallback):
+    """Begins a training with what its checkpoint had summed since the last log; Trainer would begin with nothing."""
+
+    def __init__(self, trainer: PreferenceTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Restore sums and the step they began with."""
+        trainer, found = self.trainer, self.trainer._unlogged
+        trainer._unlogged = None
+        trainer._sums["train"] = {}
+        if found is not None and hasattr(trainer, "_tr_loss"):
+            trainer._tr_loss += found["loss"]
+            trainer._total_loss_scalar -= found["loss"]  # what train() returns is of its own steps alone
+            trainer._globalstep_last_logged = found["since"]
+            trainer._sums["train"] = {name: [(v, n) for v, n in values] for name, values in found["metrics"].items()}
+
+
 class PreferenceTrainer(Trainer):
     """Trains a causal LM with a registered objective.
 
@@ -98,6 +117,7 @@ class PreferenceTrainer(Trainer):
         defaults = PreferenceConfig.__dataclass_fields__
         self._own: dict[str, Any] = {name: getattr(args, name, defaults[name].default) for name in PreferenceConfig.__annotations__}
         self._staging: str | None = None
+        self._unlogged: dict[str, Any] | None = None
         self.temperature = 1.0
         self.reweight: Reweight | None = None
         args.remove_unused_columns = False
@@ -127,6 +147,7 @@ class PreferenceTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
         self.label_names: list[str] = []
+        self.add_callback(_TakesUp(self))
         if ref_model is not None and unwrapped(ref_model).device != args.device:
             ref_model.to(args.device)
         for rows in (train, held_out):
@@ -370,10 +391,15 @@ class PreferenceTrainer(Trainer):
         if self.args.should_save:
             with atomic_write(folder / STATE_FILE) as stream:
                 json.dump(_plain(self.objective.state_dict()), stream)
+            if hasattr(self, "_tr_loss"):  # not in the first releases of transformers 5
+                with atomic_write(folder / UNLOGGED_FILE) as stream:
+                    json.dump({"loss": float(self._tr_loss), "since": self._globalstep_last_logged, "metrics": self._sums["train"]}, stream)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint) / STATE_FILE
+        path, unlogged = (Path(resume_from_checkpoint) / name for name in (STATE_FILE, UNLOGGED_FILE))
+        if unlogged.exists():
+            self._unlogged = json.loads(unlogged.read_text(encoding="utf-8"))
         if path.exists():
             state = json.loads(path.read_text(encoding="utf-8"))
             self.objective.load_state_dict({k: torch.tensor(v["tensor"]) if isinstance(v, dict) else v for k, v in state.items()})
