@@ -336,7 +336,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_the_monitor_predicts_what_plain_steps_do_and_changes_nothing(tmp_path: Path) -> None:
-    watched = trainer(tmp_path / "a", EntanglementMonitor(every=2, params="all"), learning_rate=1e-4)
+    watched = trainer(tmp_path / "a", EntanglementMonitor(every=2, pairs=8, params="all"), learning_rate=1e-4)
     watched.train()
     plain = trainer(tmp_path / "b", learning_rate=1e-4)
     plain.train()
@@ -468,10 +468,18 @@ def test_training_on_sparse_rows_leaves_the_shared_tokens_out(tmp_path: Path) ->
         sequence_stats(run.model, [{**rows[0], "token_weights": [[1.0], [1.0] * 4]}])
 
 
+@pytest.mark.parametrize(("batch", "accumulated", "expected"), [(1, 1, 1), (2, 1, 1), (2, 2, 2), (4, 16, 8)])
+def test_a_monitor_looks_at_half_of_a_steps_pairs_and_at_most_eight(batch: int, accumulated: int, expected: int, tmp_path: Path) -> None:
+    rows = [{"prompt_ids": [1, 2 + i], "completion_ids": [[5, 6, 3], [7, 9, 3]], "role": [1, -1]} for i in range(24)]
+    monitor = EntanglementMonitor()
+    trainer(tmp_path, monitor, rows=rows, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated)
+    assert len(monitor.rows) == expected
+
+
 @pytest.mark.parametrize("params", ["head", "all"])
 def test_the_monitor_sees_the_loss_of_sparse_rows(params: str, tmp_path: Path) -> None:
     rows = [{"prompt_ids": [1, 2 + i], "completion_ids": [[5, 6, 3], [5, 9, 3, 4]], "role": [1, -1]} for i in range(4)]
-    run = trainer(tmp_path, EntanglementMonitor(every=1, params=params), rows=sparse_rows(rows), max_steps=1, learning_rate=0.0)
+    run = trainer(tmp_path, EntanglementMonitor(every=1, pairs=4, params=params), rows=sparse_rows(rows), max_steps=1, learning_rate=0.0)
     run.train()
     (record,) = lines(tmp_path)
     assert record["measured_ds_w"] == pytest.approx(0, abs=1e-5) and record["measured_ds_l"] == pytest.approx(0, abs=1e-5)

@@ -33,6 +33,7 @@ from .statistics import Row, assemble
 
 log = logging.getLogger("fairlead")
 FILE = "entanglement.jsonl"
+MOST_PAIRS = 8
 MEANING = {
     "apart": "chosen rises and rejected falls",
     "both falling": "chosen falls with rejected; the margin grows only because rejected falls more",
@@ -159,16 +160,17 @@ def entanglement(model: Any, rows: Sequence[Row] | Probe, objective: str | Objec
 class EntanglementMonitor(TrainerCallback):
     """Watches PreferenceTrainer(callbacks=[EntanglementMonitor()]): the first step and every `every`-th after it.
 
-    rows: pairs to watch, as training data are given. None: `pairs` of the training pairs, evenly spread. params: see
+    rows: pairs to watch, as training data are given. None: `pairs` of the training pairs, evenly spread; by default half as many as a
+    step takes, at most 8, so that a look at every 20th step costs less than a tenth of the training. params: see
     `pair_gradients.selected`; None is "lora" where there are adapters, else "head". What a plain step on these pairs would do is
     predicted from the weights' state before the step; what the optimiser's step on its own batch did is measured on them. Logged as
     entanglement/..., kept in full in output_dir/entanglement.jsonl (a resumed training goes on with it), and said in one line when
     the two begin to move together or apart. InputError under FSDP and DeepSpeed, which leave no process a whole gradient.
     """
 
-    def __init__(self, rows: Any = None, *, every: int = 20, pairs: int = 8, params: str | Select | None = None) -> None:
+    def __init__(self, rows: Any = None, *, every: int = 20, pairs: int | None = None, params: str | Select | None = None) -> None:
         for name, value in (("every", every), ("pairs", pairs)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise InputError(f"{name}: must be at least 1, got {value}")
         self.rows, self.every, self.pairs, self.params = rows, every, pairs, params
         self.trainer: Any = None
@@ -184,7 +186,9 @@ class EntanglementMonitor(TrainerCallback):
         self.trainer = trainer
         if self.rows is None:
             data = trainer.train_dataset or []
-            places = sorted({i * len(data) // self.pairs for i in range(self.pairs)})
+            step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.accelerator.num_processes
+            count = min(MOST_PAIRS, max(1, step // 2)) if self.pairs is None else self.pairs
+            places = sorted({i * len(data) // count for i in range(count)})
             self.rows = [data[i] for i in places if i < len(data)]
         self.rows = trainer.prepare(self.rows, "monitor")
 
