@@ -495,8 +495,6 @@ def watched(folder: Path, **settings: Any) -> None:
     run.train()
     if run.accelerator.is_main_process:
         torch.save(weights(run), folder / "weights.pt")
-    run.accelerator.wait_for_everyone()
-    run.accelerator.end_training()
 
 
 def test_two_processes_see_what_one_sees(tmp_path: Path, on_two_processes: Any) -> None:

@@ -183,8 +183,6 @@ run = t.trainer(folder, "grpo", settings={"per_device_train_batch_size": 2, "max
 run.train()
 if run.accelerator.is_main_process:
     torch.save({"losses": t.losses(run), "rewards": t.logged(run, "reward"), "weights": t.weights(run)}, folder / "two.pt")
-run.accelerator.wait_for_everyone()
-run.accelerator.end_training()
 """
 
 
@@ -208,8 +206,6 @@ assert whole.state.best_model_checkpoint.endswith("out/checkpoint-6"), whole.sta
 again = t.trainer(folder, "grpo", settings=dict(settings, load_best_model_at_end=False, eval_strategy="no"))
 again.train(resume_from_checkpoint=str(folder / "out" / "checkpoint-6"))
 assert t.losses(again)[-2:] == t.losses(whole)[-2:], (t.losses(again), t.losses(whole))
-whole.accelerator.wait_for_everyone()
-whole.accelerator.end_training()
 """
 
 

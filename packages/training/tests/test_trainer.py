@@ -315,8 +315,6 @@ run = t.trainer(folder, {objective!r}, t.{rows}, settings=settings)
 run.train()
 if run.accelerator.is_main_process:
     torch.save({{"losses": t.losses(run), "weights": t.weights(run)}}, folder / "two.pt")
-run.accelerator.wait_for_everyone()
-run.accelerator.end_training()
 """
 LABELS = [{"prompt_ids": [3 + i, 5], "completion_ids": [[10 + i, 11]], "role": [1 if i % 2 else -1]} for i in range(8)]
 
